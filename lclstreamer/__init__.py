@@ -1,0 +1,1 @@
+"""The engine: detector events in, serialized messages out."""

@@ -1,0 +1,105 @@
+"""What flows through the engine: events, and the messages made of them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from numpy.typing import NDArray
+
+#: Anything with the buffer interface, contiguous bytes.
+Buffer = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """Which run an event is of; empty and 0 where the source does not know."""
+
+    experiment: str = ""
+    run: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Ragged:
+    """Values of which every event may have another number: peaks, arrival times, pieces of a waveform.
+
+    Attributes:
+        values: one axis, numbers.
+    """
+
+    values: NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Channels:
+    """Waveforms of several channels, each with a length of its own; a FEX pipeline makes it storable.
+
+    Attributes:
+        samples: of each channel, one axis.
+        numbers: of the channels.
+    """
+
+    samples: tuple[NDArray[Any], ...]
+    numbers: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class Event:
+    """The data of one shot.
+
+    Attributes:
+        values: data source name to array (any shape and dtype; strings as numpy `str_`), `None` where the data source
+            gave nothing; :class:`Ragged` where the number of elements changes from event to event.
+        index: number of the event in the whole run, from 0, the same for any number of ranks.
+        run: the run it is of.
+        timestamp_ns: nanoseconds since 1970-01-01T00:00:00Z, `None` where the source has no time.
+    """
+
+    values: dict[str, Any]
+    index: int
+    run: RunInfo = field(default_factory=RunInfo)
+    timestamp_ns: int | None = None
+
+
+class Message:
+    """One serialized message: buffers that belong one after the other.
+
+    The buffers stay as they are until every holder has called :meth:`release`; then their memory may be used again.
+    Whoever passes a message on calls :meth:`hold` once for each receiver. Safe to use from several threads.
+    """
+
+    __slots__ = ("_holders", "_lock", "_on_release", "events", "nbytes", "parts", "sequence")
+
+    def __init__(
+        self,
+        parts: Iterable[Buffer],
+        *,
+        events: int,
+        sequence: int = 0,
+        on_release: Callable[[], None] | None = None,
+    ) -> None:
+        self.parts: tuple[memoryview, ...] = tuple(memoryview(part).cast("B") for part in parts)
+        self.nbytes = sum(part.nbytes for part in self.parts)
+        self.events = events
+        self.sequence = sequence
+        self._holders = 1
+        self._lock = threading.Lock()
+        self._on_release = on_release
+
+    def hold(self) -> None:
+        """One more holder."""
+        with self._lock:
+            self._holders += 1
+
+    def release(self) -> None:
+        """One holder less; the last one gives the memory back."""
+        with self._lock:
+            self._holders -= 1
+            last = self._holders == 0
+        if last and self._on_release is not None:
+            self._on_release()
+
+    def __bytes__(self) -> bytes:
+        return b"".join(self.parts)

@@ -1,0 +1,1 @@
+"""Data handlers: where messages go."""

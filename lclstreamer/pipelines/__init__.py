@@ -1,0 +1,1 @@
+"""Processing pipelines: what happens to events between reading and serializing."""

@@ -1,0 +1,1 @@
+"""Serializers: batches of events made into messages."""
