@@ -1,0 +1,1 @@
+"""The buffer between parallel producers and consumers: FIFO, bounded in bytes, at most once."""
