@@ -1,0 +1,98 @@
+"""Opens a database, and brings it to the layout this version needs, with Alembic.
+
+The service does both when it starts. ``python -m lclstream.api.database URL`` does it beforehand, for sites where the
+service's own database account may not change tables.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from alembic import command
+from alembic.config import Config
+from alembic.script import ScriptDirectory
+from alembic.util import CommandError
+from sqlalchemy import Connection, Engine, create_engine, event, make_url
+
+#: Database connections kept open; as many again may be opened for a moment. Request handlers run in 40 threads.
+_CONNECTIONS = 25
+
+
+class LayoutError(ValueError):
+    """The database was made by a newer version."""
+
+
+def open_database(url: str) -> Engine:
+    """Connections to a database, as the service uses them.
+
+    Raises:
+        ValueError: a SQLite database that would not survive a restart.
+    """
+    parsed = make_url(url)
+    if parsed.get_backend_name() != "sqlite":
+        return create_engine(parsed, pool_pre_ping=True, pool_size=_CONNECTIONS, max_overflow=_CONNECTIONS)
+    if parsed.database in (None, "", ":memory:"):
+        raise ValueError(f"{url}: transfers must survive a restart: name a file, such as sqlite:///transfers.sqlite")
+    path = Path(str(parsed.database)).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+    engine = create_engine(parsed, connect_args={"timeout": 30}, pool_size=_CONNECTIONS, max_overflow=_CONNECTIONS)
+
+    @event.listens_for(engine, "connect")
+    def connected(connection: Any, _record: object) -> None:
+        # pysqlite would begin a transaction only at the first write, and two of them could then wait for each other.
+        connection.isolation_level = None
+        for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @event.listens_for(engine, "begin")
+    def begun(connection: Connection) -> None:
+        reading = connection.get_execution_options().get("reading")
+        connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
+
+    return engine
+
+
+def upgrade(engine: Engine) -> None:
+    """Apply what is missing, in one transaction.
+
+    Raises:
+        LayoutError: the database is newer than this program.
+    """
+    with engine.begin() as connection:
+        try:
+            command.upgrade(_config(connection), "head")
+        except CommandError as error:
+            raise LayoutError(
+                f"{engine.url.render_as_string(hide_password=True)}: this database was made by another version of "
+                f"lclstream ({error}); this one knows layouts up to {newest()}: "
+                "use the newer program, or another database"
+            ) from error
+
+
+def newest() -> str | None:
+    """The layout this version needs."""
+    return ScriptDirectory.from_config(_config(None)).get_current_head()
+
+
+def _config(connection: Connection | None) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(files("lclstream.api") / "migrations"))
+    config.set_main_option("path_separator", "os")
+    config.attributes["connection"] = connection
+    return config
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: python -m lclstream.api.database URL, such as postgresql+psycopg://host/transfers")
+    database = open_database(sys.argv[1])
+    try:
+        upgrade(database)
+        print(f"layout {newest()}")
+    finally:
+        database.dispose()

@@ -1,0 +1,1 @@
+"""Changes of the database's layout, in order; run by the service when it starts."""

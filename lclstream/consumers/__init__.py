@@ -1,0 +1,1 @@
+"""Programs that analyse a stream while it arrives."""
