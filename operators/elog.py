@@ -1,0 +1,153 @@
+"""Put results where the experimenters look: onto the run in the logbook, and onto the workflow's line there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from airflow.sdk import BaseOperator, XComArg
+from airflow.sdk.exceptions import AirflowException, AirflowFailException
+
+from lclstream_airflow.hooks.elog import ElogError, ElogHook, run_number
+from lclstream_airflow.hooks.patience import PeerError, ServiceError, insist
+from lclstream_airflow.links import RunLink
+from lclstream_airflow.operators.remote import START_PATIENCE_S
+
+if TYPE_CHECKING:
+    from airflow.sdk import Context
+
+_RUN_LINK = RunLink()
+#: The run table shows a value in one cell.
+_LONGEST_TEXT = 1000
+
+
+class ElogOperator(BaseOperator):
+    """Writes run parameters, and counters of a workflow job, into the logbook.
+
+    Both may be written again without harm, so the task may be retried and cleared. Returns the parameters as written.
+
+    :param experiment: the experiment's name
+    :param run: the run's number
+    :param run_params: name → value. Nested objects become ``outer_inner``; lists and None are left out (the run table
+        has one cell for a value), and long texts are cut
+    :param only: names of the parameters to write, as a list or its JSON text; None or empty: all of them
+    :param prefix: put before every parameter's name
+    :param job_id: the logbook's id of the workflow job that this DAG run belongs to; None or empty: `counters` and
+        `status` are not written
+    :param counters: name → value, shown beside the workflow job while it runs
+    :param status: the workflow job's status, such as ``RUNNING`` or ``DONE``
+    :param elog_conn_id: connection of type `elog`
+    """
+
+    template_fields: Sequence[str] = (
+        "experiment",
+        "run",
+        "run_params",
+        "only",
+        "prefix",
+        "job_id",
+        "counters",
+        "status",
+        "elog_conn_id",
+    )
+    template_fields_renderers: ClassVar[dict[str, str]] = {"run_params": "json", "counters": "json"}
+    operator_extra_links = (_RUN_LINK,)
+    ui_color = "#f6efd8"
+
+    def __init__(
+        self,
+        *,
+        experiment: str,
+        run: int | str,
+        run_params: Mapping[str, Any] | XComArg | None = None,
+        only: Sequence[str] | str | None = None,
+        prefix: str = "",
+        job_id: str | None = None,
+        counters: Mapping[str, Any] | None = None,
+        status: str | None = None,
+        elog_conn_id: str = ElogHook.default_conn_name,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.experiment = experiment
+        self.run = run
+        self.run_params = run_params
+        self.only = only
+        self.prefix = prefix
+        self.job_id = job_id
+        self.counters = counters
+        self.status = status
+        self.elog_conn_id = elog_conn_id
+
+    def execute(self, context: Context) -> dict[str, Any]:
+        """Write.
+
+        Raises:
+            AirflowFailException: the logbook refuses, or an argument is wrong; trying again would not help.
+            AirflowException: the logbook cannot be reached.
+        """
+        try:
+            hook = ElogHook(self.elog_conn_id)
+            parameters = self._parameters()
+            _RUN_LINK.record(context, hook.run_url(self.experiment, self.run))
+            insist(lambda: self._write(hook, parameters), limit_s=START_PATIENCE_S)
+        except (ElogError, ValueError) as error:
+            raise AirflowFailException(str(error)) from error
+        except PeerError as error:
+            if isinstance(error, ServiceError) and not error.retry:
+                raise AirflowFailException(str(error)) from error
+            raise AirflowException(str(error)) from error
+        return parameters
+
+    def _parameters(self) -> dict[str, Any]:
+        if self.run_params is not None and not isinstance(self.run_params, Mapping):
+            raise ValueError(
+                f"run_params is a {type(self.run_params).__name__}, not an object: hand over a task's output "
+                "(`XComArg(task, key='result')`), not its text"
+            )
+        for name, value in {"experiment": self.experiment, "run": self.run}.items():
+            if value in (None, "", "None"):
+                raise ValueError(f"{name} is empty: it says where in the logbook to write")
+        wanted = self._wanted()
+        pairs = self._flat(self.run_params or {})
+        missing = wanted - {name for name, _ in pairs}
+        if missing:
+            self.log.warning("Not among the parameters: %s", ", ".join(sorted(missing)))
+        return {self.prefix + name: value for name, value in pairs if not wanted or name in wanted}
+
+    def _wanted(self) -> set[str]:
+        names = self.only
+        if isinstance(names, str) and names.strip():
+            try:
+                names = json.loads(names)
+            except ValueError as error:
+                raise ValueError(f"only is {self.only!r}, no list of names: {error}") from error
+        if names and not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):
+            raise ValueError(f"only is {self.only!r}: it must be a list of names")
+        return set(names or ())
+
+    def _flat(self, values: Mapping[str, Any]) -> list[tuple[str, Any]]:
+        pairs: list[tuple[str, Any]] = []
+        for name, value in values.items():
+            if isinstance(value, Mapping):
+                pairs += [(f"{name}_{inner}", leaf) for inner, leaf in self._flat(value)]
+            elif isinstance(value, bool | int | float):
+                pairs.append((name, value))
+            elif isinstance(value, str):
+                pairs.append((name, value[:_LONGEST_TEXT]))
+            else:
+                self.log.info("%s is no single value and is left out", name)
+        return pairs
+
+    def _write(self, hook: ElogHook, parameters: Mapping[str, Any]) -> None:
+        with hook.get_conn() as client:
+            if parameters:
+                client.add_run_params(self.experiment, parameters, run_number(self.run))
+                self.log.info("Run %s of %s: %d parameters written", self.run, self.experiment, len(parameters))
+            if self.job_id not in (None, "", "None") and (self.counters or self.status):
+                counters = [{"key": name, "value": value} for name, value in (self.counters or {}).items()]
+                client.update_workflow_job(
+                    self.experiment, str(self.job_id), status=self.status or None, counters=counters or None
+                )
+                self.log.info("Workflow job %s: status and counters written", self.job_id)

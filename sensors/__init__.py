@@ -1,0 +1,1 @@
+"""What tasks wait for: data in a stream's buffer, the end of a stream."""

@@ -1,0 +1,1 @@
+"""Waiting for remote work without a worker: polls in the triggerer, renewed leases, cancellation on kill."""

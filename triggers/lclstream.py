@@ -1,0 +1,128 @@
+"""Waiting for a transfer: until its buffer can be pulled from, data flow, it is empty, or all is done.
+
+Each look renews the transfer's lease: as long as somebody waits the transfer lives, and when Airflow is gone for good
+the transfer service ends it by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from enum import StrEnum
+from typing import Any
+
+from lclstream_airflow.hooks.lclstream import (
+    AsyncTransferClient,
+    LCLStreamHook,
+    TransferInfo,
+    TransferPhase,
+    transfer_facts,
+)
+from lclstream_airflow.hooks.patience import ServiceError
+from lclstream_airflow.triggers.polling import PATIENCE_S, OnKill, PollingTrigger, WaitStatus, event
+
+
+class Until(StrEnum):
+    """What is waited for.
+
+    ==========  ==================================================================================
+    `ready`     the buffer listens: a consumer that connects now misses nothing
+    `flowing`   at least one message has reached the buffer
+    `drained`   the producers have gone and the buffer holds nothing any more
+    `done`      everything was delivered, the transfer's jobs have ended and its ports are free
+    ==========  ==================================================================================
+    """
+
+    READY = "ready"
+    FLOWING = "flowing"
+    DRAINED = "drained"
+    DONE = "done"
+
+
+def judge(info: TransferInfo, until: Until) -> dict[str, Any] | None:
+    """Whether a transfer is as wanted, will never be, or (None) has to be looked at again."""
+    facts = transfer_facts(info)
+    phase = info.phase
+    if phase.final and phase is not TransferPhase.done:
+        why = f": {info.info}" if info.info else ""
+        return event(WaitStatus.ENDED, info.id, f"transfer {info.id} is {phase.value}{why}{_last_words(info)}", facts)
+    if until is Until.READY:
+        reached = phase.pullable or phase is TransferPhase.done
+    elif until is Until.FLOWING:
+        reached = bool(facts["received_messages"])
+        if phase is TransferPhase.done and not reached:
+            return event(WaitStatus.ENDED, info.id, f"transfer {info.id} is done, but no message ever came", facts)
+    elif until is Until.DRAINED:
+        emptied = phase is TransferPhase.draining and (info.buffer or {}).get("producers") == 0
+        reached = phase is TransferPhase.done or (emptied and facts["held_messages"] == 0)
+    else:
+        reached = phase is TransferPhase.done
+    return event(WaitStatus.REACHED, info.id, f"transfer {info.id} is {phase.value}", facts) if reached else None
+
+
+def _last_words(info: TransferInfo) -> str:
+    lines = [f"\n  {entry.client.value} {entry.state.value}: {entry.info}" for entry in info.log[-5:] if entry.info]
+    return "".join(lines)
+
+
+class LCLStreamTransferTrigger(PollingTrigger):
+    """Waits for a transfer and keeps its lease.
+
+    :param until: what is waited for, see :class:`Until`
+    :param lease_s: each look moves the end of the lease to that many seconds from then; None: the transfer has no
+        lease, or somebody else keeps it
+    """
+
+    what = "transfer"
+
+    def __init__(
+        self,
+        *,
+        conn_id: str,
+        remote_id: int,
+        deadline: float,
+        until: str,
+        lease_s: float | None,
+        poll_interval: float = 2.0,
+        patience_s: float = PATIENCE_S,
+        on_kill_policy: str = OnKill.CANCEL,
+    ) -> None:
+        super().__init__(
+            conn_id=conn_id,
+            remote_id=remote_id,
+            deadline=deadline,
+            poll_interval=poll_interval,
+            patience_s=patience_s,
+            on_kill_policy=on_kill_policy,
+        )
+        self.until = Until(until)
+        self.lease_s = lease_s
+        self._phase: TransferPhase | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """See :meth:`PollingTrigger.arguments`."""
+        return {**super().arguments(), "until": self.until.value, "lease_s": self.lease_s}
+
+    async def connect(self) -> contextlib.AbstractAsyncContextManager[AsyncTransferClient]:
+        """A client of the transfer service."""
+        return await LCLStreamHook(self.conn_id).get_async_conn()
+
+    async def look(self, client: AsyncTransferClient) -> dict[str, Any] | None:
+        """Renew the lease, then judge what the service says."""
+        transfer = int(self.remote_id)
+        if self.lease_s is not None:
+            try:
+                await client.renew(transfer, self.lease_s)
+            except ServiceError as error:
+                if error.status != 409:
+                    raise
+                # It has ended; how, the next call tells.
+        info = await client.info(transfer)
+        self._facts = transfer_facts(info)
+        if info.phase is not self._phase:
+            self._phase = info.phase
+            self.log.info("transfer %s is %s: %s", transfer, info.phase.value, info.info)
+        return judge(info, self.until)
+
+    async def cancel(self, client: AsyncTransferClient) -> None:
+        """Cancel the transfer."""
+        await client.cancel(int(self.remote_id))

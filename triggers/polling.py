@@ -1,0 +1,195 @@
+"""The loop all our triggers share: look, wait, look again; give up only for a reason that is told.
+
+One asyncio task of the triggerer owns a running trigger: its client, its connections, its patience. `run` yields
+exactly one event. What ends a wait:
+
+==============  ====================================================================================================
+``reached``     what was waited for is there
+``ended``       the remote work has ended otherwise, or is not known at the service: it will not come any more
+``timeout``     the deadline of the task has passed
+``unreachable`` the service was not to be had for too long, or refuses us: what goes on there is UNKNOWN
+==============  ====================================================================================================
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from abc import abstractmethod
+from collections.abc import AsyncIterator
+from enum import StrEnum
+from typing import Any, ClassVar
+
+from airflow.triggers.base import BaseTrigger, TriggerEvent
+
+from lclstream_airflow.hooks.patience import Patience, PeerError, ServiceError
+
+#: How long a service may be away before a wait is given up, in seconds.
+PATIENCE_S = 600.0
+#: Airflow gives `on_kill` 30 s; ours stops trying before, so that its last words reach the log.
+KILL_PATIENCE_S = 20.0
+
+
+class OnKill(StrEnum):
+    """What happens to the remote work when its task is killed: marked failed or success, cleared, or timed out."""
+
+    CANCEL = "cancel"
+    LEAVE = "leave"
+
+
+class WaitStatus(StrEnum):
+    """Why a wait has ended."""
+
+    REACHED = "reached"
+    ENDED = "ended"
+    TIMEOUT = "timeout"
+    UNREACHABLE = "unreachable"
+
+
+def event(status: WaitStatus, remote_id: str | int, message: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """The payload of a trigger's event: JSON values only."""
+    return {"status": status.value, "remote_id": remote_id, "message": message, "facts": facts}
+
+
+class PollingTrigger(BaseTrigger):
+    """Looks at something remote until it is as wanted, has ended, or the time is over.
+
+    :param conn_id: id of the Airflow connection of the service
+    :param remote_id: the service's id of what is looked at
+    :param deadline: when to give up, in seconds since 1970
+    :param poll_interval: pause between two looks, in seconds
+    :param patience_s: how long the service may be away, in seconds
+    :param on_kill_policy: what a kill of the task does to the remote work; `cleanup` never does anything to it
+    """
+
+    #: What the thing is called in messages, such as "transfer".
+    what: ClassVar[str]
+
+    def __init__(
+        self,
+        *,
+        conn_id: str,
+        remote_id: str | int,
+        deadline: float,
+        poll_interval: float = 2.0,
+        patience_s: float = PATIENCE_S,
+        on_kill_policy: str = OnKill.CANCEL,
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.conn_id = conn_id
+        self.remote_id = remote_id
+        self.deadline = deadline
+        self.poll_interval = poll_interval
+        self.patience_s = patience_s
+        self.on_kill_policy = OnKill(on_kill_policy)
+        self._facts: dict[str, Any] = {}
+
+    def arguments(self) -> dict[str, Any]:
+        """What `__init__` needs to make this trigger again, as JSON values."""
+        return {
+            "conn_id": self.conn_id,
+            "remote_id": self.remote_id,
+            "deadline": self.deadline,
+            "poll_interval": self.poll_interval,
+            "patience_s": self.patience_s,
+            "on_kill_policy": self.on_kill_policy.value,
+        }
+
+    def serialize(self) -> tuple[str, dict[str, Any]]:
+        """Class path and arguments; wrong ones fail here, in the task, and not hours later in the triggerer.
+
+        Raises:
+            TypeError: an argument is not a JSON value.
+        """
+        arguments = self.arguments()
+        json.dumps(arguments)
+        return f"{type(self).__module__}.{type(self).__qualname__}", arguments
+
+    @abstractmethod
+    async def connect(self) -> contextlib.AbstractAsyncContextManager[Any]:
+        """A client of the service."""
+
+    @abstractmethod
+    async def look(self, client: Any) -> dict[str, Any] | None:
+        """One look: the event's payload, or None to look again later. May set ``self._facts`` for later messages.
+
+        Raises:
+            PeerError: the look failed; it is repeated if that can help.
+        """
+
+    @abstractmethod
+    async def cancel(self, client: Any) -> None:
+        """End the remote work."""
+
+    async def run(self) -> AsyncIterator[TriggerEvent]:
+        """Look until there is something to say, and say it once."""
+        # The event is made before it is yielded: whoever takes it may never come back to close our connections.
+        payload = await self.wait()
+        yield TriggerEvent(payload)  # type: ignore[no-untyped-call]
+
+    async def wait(self) -> dict[str, Any]:
+        """The payload of the only event."""
+        payload = await self._look_until_something(once=False)
+        assert payload is not None
+        return payload
+
+    async def peek(self) -> dict[str, Any] | None:
+        """What one look says, repeated only where the service stumbles; None: nothing yet."""
+        return await self._look_until_something(once=True)
+
+    async def _look_until_something(self, *, once: bool) -> dict[str, Any] | None:
+        patience = Patience(self.patience_s)
+        while True:
+            try:
+                async with await self.connect() as client:
+                    while True:
+                        payload = await self.look(client)
+                        patience.succeeded()
+                        if payload is not None or once:
+                            return payload
+                        remaining = self.deadline - time.time()
+                        if remaining <= 0:
+                            return self._timeout()
+                        await asyncio.sleep(min(self.poll_interval, remaining))
+            except ValueError as error:
+                # A connection or certificate folder that cannot be used, or an answer that is no service's of ours.
+                return self._event(WaitStatus.UNREACHABLE, f"is in an unknown state: {error}")
+            except PeerError as error:
+                if isinstance(error, ServiceError) and error.status == 404:
+                    return self._event(WaitStatus.ENDED, f"is not known: {error}")
+                pause = patience.pause_after(error)
+                if pause is None:
+                    return self._event(WaitStatus.UNREACHABLE, f"is in an unknown state: {error}")
+                # A new connection reads our certificates again: they may have been renewed meanwhile.
+                self.log.warning("%s %s: %s; looking again in %.1f s", self.what, self.remote_id, error, pause)
+                if time.time() + pause >= self.deadline:
+                    await asyncio.sleep(max(0.0, self.deadline - time.time()))
+                    return self._timeout()
+                await asyncio.sleep(pause)
+
+    def _timeout(self) -> dict[str, Any]:
+        return self._event(WaitStatus.TIMEOUT, "took longer than it was given")
+
+    def _event(self, status: WaitStatus, words: str) -> dict[str, Any]:
+        return event(status, self.remote_id, f"{self.what} {self.remote_id} {words}", self._facts)
+
+    async def on_kill(self) -> None:
+        """Cancel the remote work, when that is wanted: the task was marked or cleared while it was deferred."""
+        if self.on_kill_policy is OnKill.LEAVE:
+            self.log.info("%s %s is left as it is", self.what, self.remote_id)
+            return
+        patience = Patience(KILL_PATIENCE_S)
+        while True:
+            try:
+                async with await self.connect() as client:
+                    await self.cancel(client)
+                self.log.info("%s %s is cancelled", self.what, self.remote_id)
+                return
+            except PeerError as error:
+                pause = patience.pause_after(error)
+                if pause is None:
+                    self.log.error("%s %s could not be cancelled: %s", self.what, self.remote_id, error)
+                    return
+                await asyncio.sleep(pause)
