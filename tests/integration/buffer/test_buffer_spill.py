@@ -1,0 +1,177 @@
+"""Messages on disk: in order, bounded, deleted when given away, and there again after a crash."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import threading
+import urllib.request
+
+import pytest
+import zmq
+
+pytestmark = pytest.mark.integration
+
+
+def _segments(folder) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.segment"))
+
+
+def _status(url: str) -> dict:
+    with urllib.request.urlopen(url + "/status", timeout=10) as answer:
+        return json.load(answer)
+
+
+def test_messages_wait_on_disk_while_nobody_takes_them(run_buffer, zmq_push, zmq_pull, tmp_path, wait_until):
+    running = run_buffer(spill=str(tmp_path / "s"), sentinel=1)
+    push = zmq_push(running.inp)
+    messages = [[b"%d" % number, bytes(number * 731 % 300_000)] for number in range(200)]
+    for message in messages:
+        push.send_multipart(message)
+    push.close()
+    wait_until(lambda: running.amounts()[0] == 200, 10, "all messages")
+    wait_until(lambda: running.buffer.pool.used == 0, 10, "empty memory")
+    assert running.status()["held"]["messages"] == 200
+    assert running.status()["disk_bytes"] > running.status()["held"]["bytes"]
+    pull = zmq_pull(running.out)
+    assert [pull.recv_multipart() for _ in messages] == messages
+    assert running.wait() == "done"
+    assert _segments(tmp_path / "s") == []
+
+
+@pytest.mark.parametrize("size", [1000, 700_000])
+def test_a_full_memory_goes_to_disk_instead_of_holding_producers_up(
+    run_buffer, zmq_push, raw, pull_greeting, sp_receive, tmp_path, wait_until, size
+):
+    running = run_buffer(spill=str(tmp_path / "s"), capacity="8MiB", send_buffer="64KiB")
+    slow = raw(running.out, pull_greeting)
+    wait_until(lambda: running.status()["consumers"] == 1, 10, "consumer")
+    push = zmq_push(running.inp)
+    count = 60_000_000 // size
+    if size == 1000:
+        count //= 4
+    for number in range(count):
+        push.send(b"%012d" % number + bytes(size))
+    push.close()
+    wait_until(lambda: running.amounts()[0] == count, 20, "all messages")
+    assert running.buffer.pool.mapped <= 8 << 20
+    assert running.status()["disk_bytes"] > 4 << 20
+    for number in range(count):
+        assert int(sp_receive(slow)[:12]) == number
+    assert running.wait() == "done"
+    assert _segments(tmp_path / "s") == []
+
+
+@pytest.mark.parametrize("reason", ["limit", "full disk"])
+def test_a_full_disk_falls_back_to_back_pressure(
+    run_buffer, zmq_push, zmq_pull, collect, tmp_path, wait_until, monkeypatch, reason
+):
+    options = {"spill_limit": "10MB"} if reason == "limit" else {}
+    if reason == "full disk":
+        written = []
+        real = os.pwrite
+
+        def pwrite(number, data, position):
+            written.append(len(data))
+            if sum(written) > 10_000_000:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real(number, data, position)
+
+        monkeypatch.setattr("nngstream.spill.os.pwrite", pwrite)
+    running = run_buffer(spill=str(tmp_path / "s"), capacity="8MiB", sentinel=1, **options)
+    push = zmq_push(running.inp)
+    push.setsockopt(zmq.SNDHWM, 1)
+    count = 60
+    thread = threading.Thread(target=lambda: [push.send(b"%012d" % n + bytes(700_000)) for n in range(count)])
+    thread.start()
+    wait_until(lambda: running.status()["producers_waiting"] == 1, 20, "waiting producer")
+    wait_until(lambda: running.status()["disk_bytes"] > 5_000_000, 20, "messages on disk")
+    assert running.status()["disk_bytes"] <= 10_500_000
+    collector = collect(zmq_pull(running.out).recv, sentinel=True)
+    thread.join(30)
+    push.close()
+    assert running.wait() == "done"
+    assert [int(message[:12]) for message in collector.finish()] == list(range(count))
+
+
+def _start(start, folder, *words):
+    child = start(
+        "nngstream", "--in", "tcp://127.0.0.1:0", "--out", "tcp://127.0.0.1:0", "--status", "http://127.0.0.1:0",
+        "--spill", str(folder), "--grace", "0.1", "--drain", "0.3", *words,
+    )  # fmt: skip
+    child.wait_for_output("status http")
+    return child, dict(line.split() for line in child.output().splitlines() if len(line.split()) == 2)
+
+
+def test_what_was_on_disk_survives_a_crash_of_the_buffer(start, zmq_push, zmq_pull, tmp_path, wait_until):
+    child, urls = _start(start, tmp_path / "s")
+    push = zmq_push(urls["in"])
+    for number in range(300):
+        push.send(b"%012d" % number + bytes(100_000))
+    wait_until(lambda: _status(urls["status"])["memory_bytes"] == 0 or _status(urls["status"])["disk_bytes"] > 3e7, 15)
+    wait_until(lambda: _status(urls["status"])["received"]["messages"] == 300, 15, "all messages")
+    wait_until(lambda: _status(urls["status"])["disk_bytes"] > 300 * 100_000, 15, "all on disk")
+    pull = zmq_pull(urls["out"])
+    first = [int(pull.recv()[:12]) for _ in range(100)]
+    child.signal(signal.SIGKILL)
+    child.process.wait(10)
+    pull.close()
+    push.close()
+    again, urls = _start(start, tmp_path / "s", "--producers", "0", "--sentinel", "1")
+    assert _status(urls["status"])["recovered_messages"] <= 200 + 30, "what was given away is not offered again"
+    pull = zmq_pull(urls["out"])
+    second = []
+    while message := pull.recv():
+        second.append(int(message[:12]))
+    assert second == list(range(second[0], 300))
+    assert second[0] > 0
+    # libzmq had received more than the first program took: those died with it.
+    assert first == list(range(100))
+    assert again.wait(10) == 0
+    assert _segments(tmp_path / "s") == []
+
+
+def test_a_stop_signal_keeps_what_nobody_took_for_the_next_start(start, zmq_push, zmq_pull, tmp_path, wait_until):
+    child, urls = _start(start, tmp_path / "s", "--summary", str(tmp_path / "summary.json"))
+    push = zmq_push(urls["in"])
+    for number in range(50):
+        push.send(b"%d" % number)
+    wait_until(lambda: _status(urls["status"])["received"]["messages"] == 50, 15, "all messages")
+    child.signal(signal.SIGTERM)
+    assert child.wait(10) == 143
+    push.close()
+    assert "50 messages (90 bytes) wait in" in child.output()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["held"]["messages"], summary["lost"]["messages"]) == (50, 0)
+    again, urls = _start(start, tmp_path / "s", "--producers", "0")
+    pull = zmq_pull(urls["out"])
+    assert [pull.recv() for _ in range(50)] == [b"%d" % number for number in range(50)]
+    assert again.wait(10) == 0
+
+
+def test_a_record_that_was_not_written_wholly_is_not_offered(start, zmq_push, zmq_pull, tmp_path, wait_until):
+    child, urls = _start(start, tmp_path / "s")
+    push = zmq_push(urls["in"])
+    for number in range(2):
+        push.send(b"%d" % number + bytes(900_000))
+        wait_until(lambda number=number: _status(urls["status"])["disk_bytes"] > 900_000 * (number + 1), 15, "on disk")
+    child.signal(signal.SIGKILL)
+    child.process.wait(10)
+    push.close()
+    (path,) = (tmp_path / "s").glob("*.segment")
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 1000)
+    again, urls = _start(start, tmp_path / "s", "--producers", "0")
+    pull = zmq_pull(urls["out"])
+    assert pull.recv()[:1] == b"0"
+    assert again.wait(10) == 0
+    assert "were not written wholly" in again.output()
+
+
+def test_two_buffers_cannot_share_a_folder(start, run_buffer, tmp_path):
+    run_buffer(spill=str(tmp_path))
+    second = start("nngstream", "--in", "tcp://127.0.0.1:0", "--out", "tcp://127.0.0.1:0", "--spill", str(tmp_path))
+    assert second.wait(10) == 2
+    assert "another buffer uses it" in second.output()

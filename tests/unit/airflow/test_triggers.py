@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from airflow.sdk.module_loading import import_string
+
+from lclstream.api.models import TransferPhase
+from lclstream.jobs.client import JobClient
+from lclstream.jobs.models import JobSpec, JobState
+from lclstream_airflow.triggers.lclstream import LCLStreamTransferTrigger
+from lclstream_airflow.triggers.polling import PollingTrigger
+from lclstream_airflow.triggers.psik import PsikJobTrigger
+
+
+def transfer_trigger(**arguments: Any) -> LCLStreamTransferTrigger:
+    given: dict[str, Any] = {
+        "conn_id": "lclstream_default",
+        "remote_id": 1,
+        "deadline": time.time() + 20,
+        "until": "ready",
+        "lease_s": 30.0,
+        "poll_interval": 0.02,
+        "patience_s": 1.0,
+    }
+    return LCLStreamTransferTrigger(**{**given, **arguments})
+
+
+def first_event(trigger: PollingTrigger) -> dict[str, Any]:
+    async def first() -> Any:
+        return await anext(trigger.run())
+
+    payload: dict[str, Any] = asyncio.run(first()).payload
+    json.dumps(payload)
+    return payload
+
+
+@pytest.mark.parametrize(
+    "trigger",
+    [
+        transfer_trigger(until="drained", on_kill_policy="leave", lease_s=None),
+        PsikJobTrigger(conn_id="psik_default", remote_id="1.1", deadline=5.0, follow_log=False),
+    ],
+)
+def test_a_trigger_is_made_again_from_what_it_serializes(trigger: PollingTrigger) -> None:
+    path, arguments = trigger.serialize()
+    assert json.loads(json.dumps(arguments)) == arguments
+    again = import_string(path)(**arguments)
+    assert type(again) is type(trigger)
+    assert again.serialize() == (path, arguments)
+
+
+def test_arguments_that_are_no_json_fail_in_the_task() -> None:
+    with pytest.raises(TypeError):
+        transfer_trigger(deadline=object()).serialize()
+
+
+def test_ready_is_told_and_the_lease_renewed_at_each_look(transfers: Any) -> None:
+    transfer = transfers.add()
+    looks = iter([TransferPhase.buffer_starting, TransferPhase.buffer_starting, TransferPhase.ready])
+    transfers.before_info = lambda seen: setattr(seen, "phase", next(looks))
+    payload = first_event(transfer_trigger())
+    assert (payload["status"], payload["remote_id"]) == ("reached", 1)
+    assert payload["facts"]["url"] == "tcp://127.0.0.1:9001"
+    assert transfer.lease_s == [30.0] * 3
+
+
+def test_without_a_lease_none_is_renewed(transfers: Any) -> None:
+    transfer = transfers.add()
+    transfer.phase = TransferPhase.ready
+    first_event(transfer_trigger(lease_s=None))
+    assert transfer.lease_s == []
+
+
+@pytest.mark.parametrize(
+    ("until", "state", "status"),
+    [
+        ("flowing", {"phase": TransferPhase.producing, "received": 1}, "reached"),
+        ("flowing", {"phase": TransferPhase.done, "received": 5, "sent": 5}, "reached"),
+        ("flowing", {"phase": TransferPhase.done}, "ended"),
+        ("drained", {"phase": TransferPhase.draining, "received": 3, "sent": 3}, "reached"),
+        ("done", {"phase": TransferPhase.done}, "reached"),
+        ("done", {"phase": TransferPhase.failed, "info": "the engine failed"}, "ended"),
+        ("ready", {"phase": TransferPhase.expired}, "ended"),
+        ("flowing", {"phase": TransferPhase.producing}, "timeout"),
+        ("drained", {"phase": TransferPhase.draining, "received": 3, "sent": 1, "held": 2}, "timeout"),
+        ("drained", {"phase": TransferPhase.draining, "producers": 1, "received": 3, "sent": 3}, "timeout"),
+        ("done", {"phase": TransferPhase.draining}, "timeout"),
+    ],
+)
+def test_what_each_wait_takes_for_its_end(transfers: Any, until: str, state: dict[str, Any], status: str) -> None:
+    transfer = transfers.add()
+    for name, value in state.items():
+        setattr(transfer, name, value)
+    payload = first_event(transfer_trigger(until=until, deadline=time.time() + 0.1))
+    assert payload["status"] == status
+    assert payload["remote_id"] == 1
+
+
+def test_a_failed_transfer_says_why(transfers: Any) -> None:
+    transfer = transfers.add()
+    transfer.phase, transfer.info = TransferPhase.failed, "the engine failed"
+    message = first_event(transfer_trigger())["message"]
+    assert message == "transfer 1 is failed: the engine failed\n  producer failed: exit code 3"
+
+
+def test_a_service_that_stumbles_is_asked_again(transfers: Any) -> None:
+    transfers.add().phase = TransferPhase.ready
+    transfers.failures = [503, 500]
+    assert first_event(transfer_trigger(patience_s=30))["status"] == "reached"
+
+
+def test_a_service_that_is_away_for_long_is_unknown_never_finished(transfers: Any) -> None:
+    transfers.add()
+    transfers.failures = [503] * 1000
+    payload = first_event(transfer_trigger(patience_s=0.3))
+    assert payload["status"] == "unreachable"
+    assert "unknown state" in payload["message"]
+
+
+def test_the_deadline_holds_while_the_service_is_away(transfers: Any) -> None:
+    transfers.add()
+    transfers.failures = [503] * 1000
+    assert first_event(transfer_trigger(patience_s=60, deadline=time.time() + 0.3))["status"] == "timeout"
+
+
+def test_an_unknown_transfer_has_ended(transfers: Any) -> None:
+    payload = first_event(transfer_trigger(remote_id=77))
+    assert payload["status"] == "ended"
+    assert "transfer 77 is not known" in payload["message"]
+
+
+def test_an_unusable_certificate_folder_is_said_at_once(transfers: Any, connection: Callable[..., None]) -> None:
+    connection("lclstream_default", "lclstream", transfers.url, "/nowhere")
+    payload = first_event(transfer_trigger(patience_s=60))
+    assert payload["status"] == "unreachable"
+    assert "certificate folder /nowhere does not exist" in payload["message"]
+    payload = first_event(transfer_trigger(conn_id="nobody", patience_s=60))
+    assert "connection 'nobody' is not defined" in payload["message"]
+
+
+@pytest.mark.parametrize(("policy", "phase"), [("cancel", TransferPhase.canceled), ("leave", TransferPhase.producing)])
+def test_a_kill_cancels_unless_told_to_leave(transfers: Any, policy: str, phase: TransferPhase) -> None:
+    transfer = transfers.add()
+    transfer.phase = TransferPhase.producing
+    asyncio.run(transfer_trigger(on_kill_policy=policy).on_kill())
+    assert transfer.phase is phase
+
+
+def test_a_kill_tries_again_when_the_service_stumbles(transfers: Any) -> None:
+    transfer = transfers.add()
+    transfers.failures = [503, 503]
+    asyncio.run(transfer_trigger().on_kill())
+    assert transfer.phase is TransferPhase.canceled
+
+
+def test_a_kill_that_cannot_cancel_says_so_and_ends(transfers: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    transfers.failures = [403]
+    asyncio.run(transfer_trigger().on_kill())
+    assert "transfer 1 could not be cancelled" in capsys.readouterr().out
+
+
+def test_the_end_of_a_triggerer_leaves_the_transfer_alone(transfers: Any) -> None:
+    transfer = transfers.add()
+    transfer.phase = TransferPhase.producing
+    asyncio.run(transfer_trigger().cleanup())
+
+    async def stopped_triggerer() -> None:
+        waiting = asyncio.create_task(transfer_trigger(until="done").wait())
+        while not transfer.calls:
+            await asyncio.sleep(0.01)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+
+    asyncio.run(stopped_triggerer())
+    assert transfer.phase is TransferPhase.producing
+    assert "cancel" not in transfer.calls
+
+
+def job_trigger(job_id: str, **arguments: Any) -> PsikJobTrigger:
+    given = {"conn_id": "psik_default", "remote_id": job_id, "deadline": time.time() + 30, "poll_interval": 0.05}
+    return PsikJobTrigger(**{**given, **arguments})
+
+
+def test_a_completed_job_is_told_with_its_times_and_log(jobs: JobClient, capsys: pytest.CaptureFixture[str]) -> None:
+    job = jobs.submit(JobSpec(script="#!/bin/sh\necho one; echo two >&2; sleep 0.3; printf three"))
+    payload = first_event(job_trigger(job))
+    assert payload["status"] == "reached"
+    assert payload["facts"]["state"] == "completed"
+    assert payload["facts"]["run_s"] >= 0.3
+    lines = re.findall(r"\[std(?:out|err)\.1\] \w+", capsys.readouterr().out)
+    assert sorted(lines) == ["[stderr.1] two", "[stdout.1] one", "[stdout.1] three"]
+
+
+def test_a_flood_of_output_is_cut_short(jobs: JobClient, capsys: pytest.CaptureFixture[str]) -> None:
+    job = jobs.submit(JobSpec(script="#!/bin/sh\nseq 1 200000"))
+    while not jobs.state(job).is_final:
+        time.sleep(0.02)
+    capsys.readouterr()
+    first_event(job_trigger(job))
+    text = capsys.readouterr().out
+    assert "bytes are only in the job's own log" in text
+    assert "[stdout.1] 200000" in text
+    assert len(text) < 1_000_000
+
+
+def test_a_failed_job_has_ended(jobs: JobClient) -> None:
+    payload = first_event(job_trigger(jobs.submit(JobSpec(script="#!/bin/sh\nexit 3"))))
+    assert payload["status"] == "ended"
+    assert "is failed: " in payload["message"]
+
+
+def test_a_kill_cancels_the_job(jobs: JobClient) -> None:
+    job = jobs.submit(JobSpec(script="#!/bin/sh\nexec sleep 60"))
+    killer = threading.Thread(target=lambda: asyncio.run(job_trigger(job).on_kill()))
+    killer.start()
+    payload = first_event(job_trigger(job))
+    killer.join(20)
+    assert payload["status"] == "ended"
+    assert jobs.state(job) is JobState.canceled

@@ -1,0 +1,489 @@
+"""The supervisor against jobs in memory: every end, lost news, unreachable services, and a crash at every step."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from lclstream.api import launch
+from lclstream.api.config import ApiConfig
+from lclstream.api.models import JobState
+from lclstream.api.states import Event, State
+from lclstream.api.store import Order, Store
+from lclstream.api.supervisor import Supervisor
+from lclstream.security.identity import Identity
+
+pytestmark = pytest.mark.asyncio
+
+ALICE = Identity(login="alice", issuer="CN=s3df", subject="UID=alice", serial="1")
+
+
+class Crash(BaseException):
+    """The process was killed here."""
+
+
+class Scene:
+    """One transfer, the world, and the supervisor that is started and killed."""
+
+    def __init__(self, world: Any, store: Store, config: ApiConfig, configuration: dict[str, Any]) -> None:
+        self.world, self.store, self.config = world, store, config
+        self.configuration = configuration
+        self.number = 0
+        self.crashed = asyncio.Event()
+
+    def request(self, **changes: Any) -> int:
+        order = Order(
+            **{
+                "owner": ALICE,
+                "name": "",
+                "ranks": 2,
+                "producers": 2,
+                "buffers": 1,
+                "lease_s": None,
+                "key": None,
+                "request": self.configuration,
+                "config": lambda inputs: launch.with_buffers(self.configuration, inputs, self.config),
+                **changes,
+            }
+        )
+        row, _ = self.store.create(order, self.config.ports)
+        self.number = row.id
+        return row.id
+
+    def supervisor(self, store: Store | None = None) -> Supervisor:
+        return Supervisor(store or self.store, self.world, self.config, self.world.reader)
+
+    @property
+    def state(self) -> State:
+        row = self.store.get(self.number)
+        assert row is not None
+        return State(row.state)
+
+    async def until(self, condition: Callable[[], object], what: str, timeout: float = 20) -> None:
+        deadline = asyncio.get_running_loop().time() + timeout
+        while not condition():
+            assert asyncio.get_running_loop().time() < deadline, f"no {what}: {self.state}, {self.world.jobs}"
+            await asyncio.sleep(0.005)
+
+    async def released(self) -> State:
+        def is_released() -> bool:
+            row = self.store.get(self.number)
+            return row is not None and row.released
+
+        await self.until(is_released, "release")
+        return self.state
+
+    def nothing_is_left(self) -> None:
+        assert self.world.running() == []
+        assert self.store.leased_ports() == {}
+        assert self.store.effects(self.number) == []
+        assert self.store.unreleased() == []
+
+    def log(self) -> list[tuple[str, str, str]]:
+        return [(entry.client, entry.state, entry.info) for entry in self.store.log(self.number)]
+
+
+@pytest.fixture
+def scene(world: Any, store: Store, settings: Callable[..., ApiConfig], configuration: dict[str, Any]) -> Scene:
+    return Scene(world, store, settings(), configuration)
+
+
+async def test_a_good_transfer_passes_all_states_and_leaves_nothing(scene: Scene) -> None:
+    scene.request()
+    async with scene.supervisor():
+        assert await scene.released() is State.done
+    scene.nothing_is_left()
+    assert [(client, state) for client, state, _ in scene.log() if client == "consumer"] == [
+        ("consumer", state) for state in ("new", "queued", "queued", "active", "active", "completed")
+    ]
+    assert [state for client, state, _ in scene.log() if client == "producer"] == [
+        "new",
+        "queued",
+        "active",
+        "completed",
+    ]
+    row = scene.store.get(scene.number)
+    assert row is not None
+    assert row.buffers[0] is not None
+    assert row.buffers[0]["state"] == "done", "the buffer's own summary is kept"
+
+
+async def test_the_engine_gets_its_configuration_and_starts_after_the_buffer_answers(scene: Scene) -> None:
+    calls: list[str] = []
+    scene.world.hook = lambda name, when: calls.append(name) if when == "after" or name == "read" else None
+    scene.request()
+    async with scene.supervisor():
+        await scene.released()
+    (engine,) = scene.world.of("engine")
+    assert b"tcp://127.0.0.1" in engine["files"][launch.CONFIG_FILE]
+    starts = [number for number, name in enumerate(calls) if name == "start"]
+    assert "read" in calls[starts[0] : starts[1]], "the status was asked between the two starts"
+
+
+async def test_a_failed_engine_says_why_and_stops_the_buffer(scene: Scene) -> None:
+    scene.world.engine_fails = True
+    scene.request()
+    async with scene.supervisor():
+        assert await scene.released() is State.failed
+    scene.nothing_is_left()
+    row = scene.store.get(scene.number)
+    assert row is not None
+    assert "exit status 9" in row.info
+    assert "rank 1 was killed" in row.info, "the line of its stderr that tells"
+    assert ("producer", "failed", "rank 1 was killed\nsignal 9 in transfer-1-engine") in scene.log()
+
+
+async def test_a_refused_job_ends_the_transfer_with_the_services_words(scene: Scene) -> None:
+    scene.world.refuse_engine = True
+    scene.request()
+    async with scene.supervisor():
+        assert await scene.released() is State.failed
+    scene.nothing_is_left()
+    row = scene.store.get(scene.number)
+    assert row is not None
+    assert "attribute --nodes is not allowed" in row.info
+
+
+@pytest.mark.parametrize("what", ["buffer", "engine"])
+async def test_a_job_cancelled_by_somebody_else_fails_the_transfer(scene: Scene, what: str) -> None:
+    scene.world.engine_waits = True
+    scene.request()
+    async with scene.supervisor():
+        await scene.until(lambda: scene.state is State.producing, "producing")
+        (job,) = scene.world.of(what)
+        scene.world.reach(job, JobState.canceled)
+        assert await scene.released() is State.failed
+    scene.nothing_is_left()
+    row = scene.store.get(scene.number)
+    assert row is not None
+    assert f"the {what} job" in row.info
+    assert "was cancelled at the job service" in row.info
+
+
+async def test_a_job_the_service_has_forgotten_fails_the_transfer(scene: Scene) -> None:
+    scene.world.engine_waits = True
+    scene.request()
+    async with scene.supervisor():
+        await scene.until(lambda: scene.state is State.producing, "producing")
+        for jobid in [jobid for jobid, job in scene.world.jobs.items() if job in scene.world.of("engine")]:
+            del scene.world.jobs[jobid]
+        assert await scene.released() is State.failed
+    scene.nothing_is_left()
+
+
+@pytest.mark.parametrize("answer", ["none", "503", "403"])
+async def test_a_job_service_that_does_not_tell_is_not_taken_for_an_end(scene: Scene, answer: str) -> None:
+    from lclstream.security.errors import ServiceError
+
+    def troubled(name: str, when: str) -> None:
+        if answer != "none" and name == "history":
+            raise ServiceError("the job service is in trouble", status=int(answer), detail="in trouble")
+
+    scene.world.engine_waits = True
+    scene.request()
+    async with scene.supervisor():
+        await scene.until(lambda: scene.state is State.producing, "producing")
+        scene.world.away = answer == "none"
+        scene.world.hook = troubled
+        await asyncio.sleep(0.3)
+        assert scene.state is State.producing
+        scene.world.away = scene.world.engine_waits = False
+        scene.world.hook = lambda name, when: None
+        assert await scene.released() is State.done
+    scene.nothing_is_left()
+
+
+async def test_ports_stay_leased_until_the_jobs_have_really_ended(scene: Scene) -> None:
+    scene.world.engine_waits = True
+    number = scene.request()
+    async with scene.supervisor() as supervisor:
+        await scene.until(lambda: scene.state is State.producing, "producing")
+        scene.world.away = True
+        scene.store.happen(number, Event.cancel, "cancelled")
+        supervisor.wake(number)
+        await asyncio.sleep(0.2)
+        assert scene.state is State.canceled
+        assert len(scene.store.leased_ports()) == 3
+        scene.world.away = False
+        await scene.released()
+    scene.nothing_is_left()
+
+
+async def test_a_lease_that_is_not_renewed_ends_the_transfer(scene: Scene) -> None:
+    scene.world.engine_waits = True
+    now = scene.store.clock()
+    scene.store.clock = lambda: now
+    number = scene.request(lease_s=100)
+    async with scene.supervisor() as supervisor:
+        await scene.until(lambda: scene.state is State.producing, "producing")
+        now += 90
+        scene.store.renew(number, 100)
+        now += 90
+        supervisor.wake(number)
+        await asyncio.sleep(0.2)
+        assert scene.state is State.producing, "it was renewed"
+        now += 20
+        supervisor.wake(number)
+        assert await scene.released() is State.expired
+    scene.nothing_is_left()
+
+
+@pytest.mark.parametrize("limited", ["requested", "buffer_starting", "ready", "producing", "draining"])
+async def test_every_state_has_an_end_in_time(
+    world: Any,
+    store: Store,
+    settings: Callable[..., ApiConfig],
+    configuration: dict[str, Any],
+    limited: str,
+) -> None:
+    config = settings(limits_s={limited: 0.2})
+    store._limit_s = config.limit_s
+    scene = Scene(world, store, config, configuration)
+    stuck = {"requested": ("create", "before"), "buffer_starting": ("read", "before"), "ready": ("upload", "before")}
+
+    def hook(name: str, when: str) -> None:
+        if (name, when) == stuck.get(limited) and scene.state.value == limited:
+            from lclstream.security.errors import UnreachableError
+
+            raise UnreachableError("the disk is full")
+
+    world.hook = hook
+    world.engine_waits = limited == "producing"
+    world.buffer_waits = limited == "draining"
+    scene.request()
+    async with scene.supervisor():
+        assert await scene.released() is State.failed
+    scene.nothing_is_left()
+    row = store.get(scene.number)
+    assert row is not None
+    assert f"{limited} for more than 0.2 s" in row.info
+    if limited in stuck:
+        assert "the disk is full" in row.info
+    if limited == "draining":
+        assert "consumers have left 1 messages in the buffer" in row.info
+
+
+async def test_an_empty_buffer_that_waits_for_more_producers_is_drained(scene: Scene) -> None:
+    """The engine's ranks may be fewer than the buffer was told: it would wait for ever."""
+    scene.world.buffer_waits = True
+
+    class Empty:
+        def __init__(self, reader: Any) -> None:
+            self.reader = reader
+
+        async def read(self) -> dict[str, Any]:
+            return {**await self.reader.read(), "held": {"messages": 0, "bytes": 0}}
+
+        async def aclose(self) -> None:
+            pass
+
+    scene.request()
+    supervisor = Supervisor(scene.store, scene.world, scene.config, lambda url: Empty(scene.world.reader(url)))
+    async with supervisor:
+        assert await scene.released() is State.done
+    scene.nothing_is_left()
+
+
+async def test_a_strangers_buffer_on_the_same_port_is_not_taken_for_ours(scene: Scene) -> None:
+    class Stranger:
+        async def read(self) -> dict[str, Any]:
+            return {"name": "transfer-99-0", "producers": 0}
+
+        async def aclose(self) -> None:
+            pass
+
+    scene.config = scene.config.model_copy(update={"limits_s": {State.buffer_starting: 0.3}})
+    scene.store._limit_s = scene.config.limit_s
+    scene.request()
+    async with Supervisor(scene.store, scene.world, scene.config, lambda url: Stranger()):
+        assert await scene.released() is State.failed
+    row = scene.store.get(scene.number)
+    assert row is not None
+    assert "somebody else's buffer answers, called 'transfer-99-0'" in row.info
+    scene.nothing_is_left()
+
+
+async def test_a_driver_that_dies_is_started_again(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lclstream.api import supervisor as module
+
+    monkeypatch.setattr(module, "_RESTART_S", 0.05)
+    died = []
+
+    def hook(name: str, when: str) -> None:
+        if name == "upload" and not died:
+            died.append(name)
+            raise RuntimeError("a mistake in the program")
+
+    scene.world.hook = hook
+    scene.request()
+    async with scene.supervisor():
+        assert await scene.released() is State.done
+    assert died
+    scene.nothing_is_left()
+
+
+class Bomb:
+    """Kills the driver at the n-th call to the job service or the database, before or after it is done."""
+
+    def __init__(self, scene: Scene, at: int, when: str, also: Callable[[], None]) -> None:
+        self.scene, self.left, self.when, self.also = scene, at, when, also
+        self.went_off = False
+
+    def tick(self, name: str, when: str) -> None:
+        if when != self.when or self.went_off:
+            return
+        self.left -= 1
+        if self.left < 0:
+            self.went_off = True
+            self.also()
+            raise Crash(name)
+
+    def store(self) -> Any:
+        bomb = self
+
+        class Fragile:
+            def __getattr__(self, name: str) -> Any:
+                real = getattr(bomb.scene.store, name)
+                if name in ("clock", "get", "jobs", "effects", "unreleased", "log"):
+                    return real  # reading changes nothing
+
+                def call(*args: Any, **kwargs: Any) -> Any:
+                    bomb.tick(name, "before")
+                    answer = real(*args, **kwargs)
+                    bomb.tick(name, "after")
+                    return answer
+
+                return call
+
+        return Fragile()
+
+
+@pytest.mark.parametrize(
+    ("trouble", "when", "first", "stride"),
+    [
+        ("none", "before", 0, 1),
+        ("none", "after", 0, 1),
+        ("cancel", "before", 1, 2),
+        ("cancel", "after", 0, 2),
+        ("engine fails", "before", 0, 2),
+        ("engine fails", "after", 1, 2),
+    ],
+)
+async def test_a_crash_at_any_step_converges_to_the_same_end(
+    scene: Scene, trouble: str, when: str, first: int, stride: int
+) -> None:
+    """The n-th call kills the service, for every n; one that is started again comes to the same end."""
+    at = first
+    while True:
+        scene.world.jobs.clear()
+        scene.world.keys.clear()
+        scene.world.engine_fails = trouble == "engine fails"
+        number = scene.request()
+
+        def cancelled(number: int = number) -> None:
+            if trouble == "cancel":
+                scene.store.happen(number, Event.cancel, "cancelled in the moment of the crash")
+
+        bomb = Bomb(scene, at, when, cancelled)
+        scene.world.hook = bomb.tick
+        async with scene.supervisor(bomb.store()) as supervisor:
+            task = supervisor._tasks[number]
+            await asyncio.wait({task}, timeout=20)
+            assert task.done(), f"call {at}: {scene.state}"
+        scene.world.hook = lambda name, when: None
+        async with scene.supervisor():
+            end = await scene.released()
+        scene.nothing_is_left()
+        assert all(job["starts"] <= 1 for job in scene.world.jobs.values()), "a job was started twice"
+        assert len(scene.world.of("engine")) <= 1
+        assert len(scene.world.of("buffer")) <= 1
+        if trouble == "cancel" and bomb.went_off:
+            assert end in (State.canceled, State.done), f"call {at}"
+        else:
+            assert end is (State.failed if trouble == "engine fails" else State.done), f"call {at}"
+        if not bomb.went_off:
+            break
+        at += stride
+    assert at > 15, "the bomb must have gone off at many steps"
+
+
+async def test_what_nobody_pulled_is_kept_in_files_where_that_was_asked_for(
+    world: Any, store: Store, settings: Callable[..., ApiConfig], configuration: dict[str, Any]
+) -> None:
+    config = settings(limits_s={"draining": 0.3}, buffer={"spill": "/scratch/spill"})
+    store._limit_s = config.limit_s
+    scene = Scene(world, store, config, configuration)
+    world.buffer_waits = True
+    number = scene.request(spill=True)
+    async with scene.supervisor():
+        assert await scene.released() is State.done
+    scene.nothing_is_left()
+    row = store.get(number)
+    assert row is not None
+    assert row.info == f"nobody pulled the rest in time: it is kept in /scratch/spill/transfer-{number}-0"
+    assert f"--spill /scratch/spill/transfer-{number}-0\n" in world.of("buffer")[0]["spec"]["script"]
+
+
+async def test_several_buffers_must_all_answer_and_all_end(scene: Scene) -> None:
+    scene.world.buffer_waits = True
+    number = scene.request(buffers=3)
+    async with scene.supervisor():
+        await scene.until(lambda: scene.state is State.draining, "draining")
+        first, *others = scene.world.of("buffer")
+        assert len(others) == 2
+        scene.world.reach(first, JobState.completed)
+        await asyncio.sleep(0.1)
+        assert scene.state is State.draining, "two of three still have messages"
+        for job in others:
+            scene.world.reach(job, JobState.completed)
+        assert await scene.released() is State.done
+    scene.nothing_is_left()
+    row = scene.store.get(number)
+    assert row is not None
+    assert len(row.config["data_handlers"][0]["urls"]) == 3
+    assert [document and document["state"] for document in row.buffers] == ["done"] * 3
+
+
+async def test_one_of_several_buffers_that_fails_ends_the_transfer(scene: Scene) -> None:
+    scene.world.engine_waits = True
+    scene.request(buffers=2)
+    async with scene.supervisor():
+        await scene.until(lambda: scene.state is State.producing, "producing")
+        scene.world.reach(scene.world.of("buffer")[1], JobState.failed, "137")
+        assert await scene.released() is State.failed
+    scene.nothing_is_left()
+
+
+async def test_old_transfers_are_forgotten_and_young_and_living_ones_are_not(
+    world: Any, store: Store, settings: Callable[..., ApiConfig], configuration: dict[str, Any]
+) -> None:
+    scene = Scene(world, store, settings(keep_days=1), configuration)
+    now = store.clock()
+    store.clock = lambda: now - 3 * 86400
+    old = scene.request()
+    async with scene.supervisor():
+        await scene.released()
+    living = scene.request()
+    store.clock = lambda: now
+    world.engine_waits = True
+    young = scene.request()
+    store.happen(young, Event.cancel, "now")
+    store.release(young)
+    world.away = True
+    async with scene.supervisor():
+        await scene.until(lambda: store.get(old) is None, "forgetting")
+    assert store.get(living) is not None
+    assert store.get(young) is not None
+    assert store.log(old) == []
+    assert store.jobs(old) == []
+
+
+async def test_many_transfers_at_once_all_end(scene: Scene) -> None:
+    numbers = [scene.request(key=f"{n}") for n in range(20)]
+    async with scene.supervisor():
+        await scene.until(lambda: scene.store.unreleased() == [], "end of all")
+    assert {State(scene.store.get(number).state) for number in numbers} <= {State.done}  # type: ignore[union-attr]
+    scene.nothing_is_left()

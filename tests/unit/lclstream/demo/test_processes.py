@@ -1,0 +1,112 @@
+"""Whatever the demonstration starts ends with it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from lclstream.demo.processes import Children, DemoError
+
+SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
+
+
+@pytest.fixture
+def children(tmp_path: Path) -> Iterator[Children]:
+    made = Children(tmp_path / "logs", {"COLOUR": "blue"})
+    yield made
+    made.stop()
+
+
+def test_a_program_that_ends_is_noticed_with_its_last_words(children: Children) -> None:
+    child = children.start("broken", [sys.executable, "-c", "import sys; print('out of paper'); sys.exit(7)"])
+    child.process.wait(10)
+    with pytest.raises(DemoError, match=r"broken ended unexpectedly \(exit code 7\)[\s\S]*out of paper"):
+        children.check()
+
+
+def test_a_program_that_may_end_is_no_surprise_unless_it_failed(children: Children) -> None:
+    good = children.start("writer", [sys.executable, "-c", ""], ends=True)
+    good.process.wait(10)
+    children.check()
+    children.finish(good, timeout=1)
+    bad = children.start("writer", [sys.executable, "-c", "raise SystemExit('disk full')"], ends=True)
+    with pytest.raises(DemoError, match="disk full"):
+        children.finish(bad, timeout=10)
+
+
+def test_waiting_ends_when_a_program_dies(children: Children) -> None:
+    children.start("broken", [sys.executable, "-c", "raise SystemExit(1)"])
+    with pytest.raises(DemoError, match="broken ended"):
+        children.wait_until(lambda: False, timeout=30, what="never")
+
+
+def test_waiting_is_bounded_and_says_for_what(children: Children) -> None:
+    with pytest.raises(DemoError, match=r"Airflow is healthy: not within 0 s"):
+        children.wait_until(lambda: False, timeout=0.3, what="Airflow is healthy")
+
+
+def test_programs_get_our_environment_and_this_python_first(children: Children, tmp_path: Path) -> None:
+    show = "import os; print(os.environ['COLOUR'], os.environ['PATH'].split(os.pathsep)[0])"
+    said = children.run("show", [sys.executable, "-c", show], timeout=10).decode()
+    assert said.split() == ["blue", str(Path(sys.executable).parent)]
+
+
+def test_a_failed_run_shows_why(children: Children) -> None:
+    with pytest.raises(DemoError, match="no such detector"):
+        children.run("describe", [sys.executable, "-c", "raise SystemExit('no such detector')"], timeout=10)
+
+
+def test_a_missing_program_is_named(children: Children) -> None:
+    with pytest.raises(DemoError, match="no-such-program is not there"):
+        children.start("x", ["no-such-program"])
+
+
+def test_stop_ends_every_program_last_started_first(children: Children, tmp_path: Path) -> None:
+    order = tmp_path / "order"
+    program = (
+        "import signal, sys, time\n"
+        "def bye(*_):\n open(sys.argv[1], 'a').write(sys.argv[2]); sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, bye); print('ready', flush=True); time.sleep(60)"
+    )
+    started = [children.start(name, [sys.executable, "-c", program, str(order), name]) for name in "abc"]
+    children.wait_until(lambda: all("ready" in child.tail() for child in started), timeout=10, what="ready")
+    assert children.stop() == []
+    assert order.read_text() == "cba"
+    assert all(child.process.poll() == 0 for child in started)
+
+
+def test_stop_finds_what_programs_left_in_sessions_of_their_own(
+    children: Children, tmp_path: Path, wait_until: Callable[..., None]
+) -> None:
+    note = tmp_path / "pid"
+    launch = (
+        "import subprocess, sys; p = subprocess.Popen(sys.argv[2:], start_new_session=True); "
+        "open(sys.argv[1], 'w').write(str(p.pid))"
+    )
+    parent = children.start("launcher", [sys.executable, "-c", launch, str(note), *SLEEP], ends=True)
+    children.finish(parent, timeout=10)
+    pid = int(note.read_text())
+    assert psutil.pid_exists(pid)
+    (left,) = children.stop()
+    assert str(pid) in left
+    wait_until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE, 5, "end")
+
+
+def test_a_stubborn_program_is_killed_and_reported(children: Children, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lclstream.demo.processes.STOP_S", 0.5)
+    program = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); "
+    child = children.start("mule", [sys.executable, "-c", program + "time.sleep(60)"])
+    children.wait_until(lambda: "ready" in child.tail(), timeout=10, what="ready")
+    assert children.stop() == [f"mule (pid {child.process.pid})"]
+    assert child.process.poll() == -signal.SIGKILL
+
+
+def test_a_strangers_process_is_left_alone(children: Children) -> None:
+    children.stop()
+    assert psutil.pid_exists(os.getpid())

@@ -1,0 +1,216 @@
+"""HDF5 messages: what a reader gets is what went in."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from lclstreamer import models
+from lclstreamer.errors import ComponentError
+from lclstreamer.events import Channels, Event, Message, Ragged, RunInfo
+from lclstreamer.serializers.base import SerializerContext
+from lclstreamer.serializers.hdf5 import HDF5BinarySerializer
+from lclstreamer.serializers.slots import SlotRing
+
+CODECS = [None, "gzip", "gzip_with_shuffle", "bitshuffle_with_lz4", "bitshuffle_with_zstd", "zfp"]
+
+
+def serializer(fields: dict[str, str], compression: Any = None, **options: Any) -> HDF5BinarySerializer:
+    context = SerializerContext("exp=test", "ab" * 32, "1.2.3", rank=2, size=4, timestamps=frozenset({"timestamp"}))
+    settings = models.HDF5BinarySerializer(
+        type="HDF5BinarySerializer", fields=fields, compression=compression, **options
+    )
+    return HDF5BinarySerializer(settings, context)
+
+
+def messages(writer: HDF5BinarySerializer, *values: dict[str, Any], **event: Any) -> list[bytes]:
+    made = [took(message) for number, one in enumerate(values) for message in writer.add(Event(one, number, **event))]
+    return made + [took(message) for message in writer.end_batch()]
+
+
+def took(message: Message) -> bytes:
+    """The content of a message whose memory is used again from now on."""
+    content = bytes(message)
+    message.release()
+    return content
+
+
+@pytest.mark.parametrize("compression", CODECS)
+@pytest.mark.parametrize(
+    "dtype", ["bool", "uint8", "int16", "uint16", "int32", "uint32", "int64", "float32", "float64"]
+)
+def test_every_codec_gives_every_dtype_back_bit_by_bit(
+    dtype: str, compression: str | None, datasets: Callable[[bytes], dict[str, Any]]
+) -> None:
+    random = np.random.default_rng(5)
+    sent = [(random.random((5, 16, 24)) * 200).astype(dtype) for _ in range(3)]
+    (message,) = messages(serializer({"a": "/data/a"}, compression), *({"a": one} for one in sent))
+    got = datasets(message)["/data/a"]
+    assert got.dtype == np.dtype(dtype)
+    assert np.array_equal(got, np.stack(sent))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_lossy_zfp_stays_within_the_stated_error(dtype: str, datasets: Callable[[bytes], dict[str, Any]]) -> None:
+    sent = np.random.default_rng(6).normal(100, 30, (64, 64)).astype(dtype)
+    (message,) = messages(serializer({"a": "/a"}, "zfp", zfp_accuracy=0.5), {"a": sent})
+    got = datasets(message)["/a"][0]
+    assert 0 < np.abs(got - sent).max() <= 0.5
+
+
+def test_the_message_says_where_it_comes_from(datasets: Callable[[bytes], dict[str, Any]]) -> None:
+    writer = serializer({"a": "/a"})
+    run = RunInfo("mfx100", 7)
+    first = datasets(messages(writer, {"a": np.array(1)}, run=run)[0])[""]
+    second = datasets(messages(writer, {"a": np.array(1)}, run=run)[0])[""]
+    assert first == {
+        "experiment": "mfx100",
+        "run": 7,
+        "rank": 2,
+        "sequence": 0,
+        "source_identifier": "exp=test",
+        "configuration_sha256": "ab" * 32,
+        "lclstreamer_version": "1.2.3",
+    }
+    assert second["sequence"] == 1
+
+
+def test_times_have_exact_nanoseconds_and_their_epoch(datasets: Callable[[bytes], dict[str, Any]]) -> None:
+    writer = serializer({"timestamp": "/t"})
+    exact = 1_743_242_400_008_337_333
+    (message,) = messages(writer, {"timestamp": np.array(float(exact))}, timestamp_ns=exact)
+    assert datasets(message)["/t_ns"].tolist() == [exact]
+    with h5py.File(io.BytesIO(message)) as file:
+        assert file["t_ns"].attrs["epoch"] == "1970-01-01T00:00:00Z"
+
+
+def test_strings_of_any_length_and_script_survive(datasets: Callable[[bytes], dict[str, Any]]) -> None:
+    sent = [np.array("exp=é"), np.array("longer than the first, Ωμ"), np.array("")]
+    (message,) = messages(serializer({"s": "/s"}, "gzip"), *({"s": one} for one in sent))
+    assert datasets(message)["/s"].tolist() == [str(one) for one in sent]
+
+
+def test_arrays_of_strings_survive(datasets: Callable[[bytes], dict[str, Any]]) -> None:
+    (message,) = messages(serializer({"s": "/s"}), {"s": np.array(["mfx", "7"])}, {"s": np.array(["tmo", "10"])})
+    assert datasets(message)["/s"].tolist() == [["mfx", "7"], ["tmo", "10"]]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "filled"), [("float32", np.nan), ("int32", -999), ("uint16", 0), ("int8", 0), ("bool", False)]
+)
+def test_a_missing_value_is_filled_and_marked(
+    dtype: str, filled: Any, datasets: Callable[[bytes], dict[str, Any]]
+) -> None:
+    one = np.ones((2, 3), dtype)
+    (message,) = messages(serializer({"a": "/x/a"}), {"a": None}, {"a": one}, {"a": None})
+    got = datasets(message)
+    assert got["/x/a_missing"].tolist() == [1, 0, 1]
+    assert got["/x/a"].dtype == np.dtype(dtype)
+    assert np.array_equal(got["/x/a"][1], one)
+    assert np.array_equal(got["/x/a"][0], np.full((2, 3), filled, dtype), equal_nan=got["/x/a"].dtype.kind == "f")
+
+
+def test_a_data_source_without_any_value_is_named_and_the_message_goes_out(
+    datasets: Callable[[bytes], dict[str, Any]],
+) -> None:
+    (message,) = messages(serializer({"a": "/a", "b": "/b"}), {"a": None, "b": np.array(1)})
+    got = datasets(message)
+    assert list(got[""]["missing"]) == ["a"]
+    assert "/a" not in got
+    assert got["/b"].tolist() == [1]
+
+
+def test_another_shape_or_run_begins_a_new_message(datasets: Callable[[bytes], dict[str, Any]]) -> None:
+    writer = serializer({"a": "/a"})
+    made = messages(writer, {"a": np.ones(2)}, {"a": np.ones(2)}, {"a": np.ones(3)}, {"a": np.ones(3, np.float32)})
+    assert [datasets(one)["/a"].shape for one in made] == [(2, 2), (1, 3), (1, 3)]
+    made = [bytes(one) for one in writer.add(Event({"a": np.ones(1)}, 0, RunInfo("x", 1)))]
+    made += [bytes(one) for one in writer.add(Event({"a": np.ones(1)}, 1, RunInfo("x", 2)))]
+    assert datasets(made[0])[""]["run"] == 1
+
+
+def test_only_configured_fields_are_sent(datasets: Callable[[bytes], dict[str, Any]]) -> None:
+    (message,) = messages(serializer({"a": "/a"}), {"a": np.array(1), "b": np.array(2)})
+    assert set(datasets(message)) == {"", "/a"}
+
+
+def test_a_field_the_pipelines_took_away_is_an_error_that_says_what_is_there() -> None:
+    with pytest.raises(ComponentError, match=r"data_serializer.fields.a: events have no a after the pipelines; .* b"):
+        messages(serializer({"a": "/a"}), {"b": np.array(2)})
+
+
+def test_what_is_no_number_or_string_is_refused() -> None:
+    with pytest.raises(ComponentError, match="a: object values cannot be stored"):
+        messages(serializer({"a": "/a"}), {"a": np.array([{}], dtype=object)})
+
+
+def test_waveforms_without_a_fex_pipeline_are_refused_with_the_remedy() -> None:
+    with pytest.raises(ComponentError, match="put a FexPipeline before the serializer"):
+        messages(serializer({"a": "/a"}), {"a": Channels((np.zeros(3),), (0,))})
+
+
+def test_waiting_for_memory_is_counted_while_it_lasts() -> None:
+    writer = serializer({"a": "/a"})
+    writer.ring = SlotRing(2, stop := threading.Event())
+    writer.add(Event({"a": np.ones(3)}, 0))
+    (held,) = writer.end_batch()
+    writer.add(Event({"a": np.ones(3)}, 1))
+    timer = threading.Timer(0.3, stop.set)
+    timer.start()
+    assert list(writer.end_batch())
+    assert writer.waited_s >= 0.2
+    timer.join()
+    held.release()
+
+
+def test_an_event_may_be_reused_after_it_was_added(datasets: Callable[[bytes], dict[str, Any]]) -> None:
+    writer = serializer({"a": "/a"})
+    scratch = np.zeros(4)
+    for number in range(3):
+        scratch[:] = number
+        assert not list(writer.add(Event({"a": scratch}, number)))
+    (message,) = writer.end_batch()
+    assert datasets(bytes(message))["/a"][:, 0].tolist() == [0, 1, 2]
+
+
+def test_no_events_make_no_message() -> None:
+    assert not list(serializer({"a": "/a"}).end_batch())
+
+
+@pytest.mark.parametrize("compression", ["bitshuffle_with_lz4", "gzip_with_shuffle", "zfp"])
+def test_another_process_reads_the_file(tmp_path: Any, compression: str) -> None:
+    sent = np.random.default_rng(1).normal(size=(8, 8)).astype(np.float32)
+    path = tmp_path / "message.h5"
+    path.write_bytes(messages(serializer({"a": "/a"}, compression), {"a": sent})[0])
+    code = f"import h5py, hdf5plugin; print(float(h5py.File({str(path)!r})['a'][:].astype('f8').sum()))"
+    assert float(subprocess.check_output([sys.executable, "-c", code])) == pytest.approx(float(sent.astype("f8").sum()))
+
+
+@pytest.mark.skipif(shutil.which("h5dump") is None, reason="h5dump (hdf5-tools) is not installed")
+@pytest.mark.parametrize("compression", [None, "gzip_with_shuffle"])
+def test_the_hdf5_groups_own_tool_reads_the_file(tmp_path: Any, compression: str | None) -> None:
+    writer = serializer({"a": "/data/a", "r": "/data/deep/r", "s": "/s"}, compression)
+    events = [
+        {"a": np.full((20, 30), number, np.uint16), "r": Ragged(np.arange(number)), "s": np.array(f"shot {number}")}
+        for number in range(1, 4)
+    ]
+    path = tmp_path / "message.h5"
+    path.write_bytes(messages(writer, *events)[0])
+
+    def dump(*options: str) -> str:
+        return subprocess.run(["h5dump", *options, str(path)], check=True, capture_output=True, text=True).stdout
+
+    assert "2, 2, 2, 2" in dump("-d", "/data/a", "-s", "1,5,5", "-c", "1,1,4")
+    assert "0, 0, 1, 0, 1, 2" in dump("-d", "/data/deep/r")
+    assert "0, 1, 3, 6" in dump("-d", "/data/deep/r_offsets")
+    assert '"shot 1", "shot 2", "shot 3"' in dump("-d", "/s")
+    assert "DATASPACE  SIMPLE { ( 6 ) / ( 6 ) }" in dump("-H", "-d", "/data/deep/r")

@@ -1,0 +1,140 @@
+"""The pool: bounded, first come first served, reused, and never waiting for itself."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from nngstream.errors import InterruptedWaitError, OversizeError
+from nngstream.memory import BATCH_OVERHEAD, Pool
+
+MB = 1 << 20
+
+
+def always() -> bool:
+    return True
+
+
+def test_who_finds_no_room_waits_until_there_is_some(wait_until):
+    pool = Pool(8 * MB)
+    first = pool.slab(5 * MB, always)
+    got = []
+    thread = threading.Thread(target=lambda: got.append(pool.slab(5 * MB, always)))
+    thread.start()
+    wait_until(lambda: pool.waiting == 1)
+    assert not got
+    first.drop()
+    thread.join(5)
+    assert len(got) == 1
+    assert pool.used == got[0].charged
+
+
+def test_a_large_message_is_not_overtaken_for_ever_by_small_ones(wait_until):
+    pool = Pool(8 * MB)
+    first = pool.slab(6 * MB, always)
+    order = []
+    large = threading.Thread(target=lambda: (pool.slab(7 * MB, always), order.append("large")))
+    large.start()
+    wait_until(lambda: pool.waiting == 1)
+    small = threading.Thread(target=lambda: (pool.slab(MB // 2, always), order.append("small")))
+    small.start()
+    wait_until(lambda: pool.waiting == 2)
+    first.drop()
+    large.join(5)
+    small.join(5)
+    assert order == ["large", "small"]
+
+
+def test_a_wait_can_be_given_up(wait_until):
+    pool = Pool(MB)
+    keep = pool.slab(MB, always)
+    wanted = threading.Event()
+    wanted.set()
+    errors = []
+
+    def ask() -> None:
+        try:
+            pool.copy(memoryview(b"x"), wanted.is_set)
+        except InterruptedWaitError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    wait_until(lambda: pool.waiting == 1)
+    wanted.clear()
+    pool.wake()
+    thread.join(5)
+    assert len(errors) == 1
+    assert pool.used == keep.charged
+
+
+def test_a_message_larger_than_everything_is_refused_and_one_as_large_is_not():
+    pool = Pool(1_000_000)
+    with pytest.raises(OversizeError, match="1000001 bytes can never fit into a buffer of 1000000 bytes"):
+        pool.slab(1_000_001, always)
+    block = pool.slab(1_000_000, always)
+    assert len(block.view) >= 1_000_000
+    assert pool.used <= 1_000_000
+
+
+def test_slabs_are_used_again_and_never_exceed_the_capacity():
+    pool = Pool(8 * MB)
+    first = pool.slab(3 * MB, always)
+    mapping = first.slab
+    first.drop()
+    again = pool.slab(3 * MB - 1000, always)
+    assert again.slab is mapping
+    again.drop()
+    other = pool.slab(7 * MB, always)
+    assert pool.mapped <= 8 * MB
+    other.drop()
+    assert pool.used == 0
+
+
+def test_a_full_pool_swaps_one_slab_for_another_of_its_size_without_new_memory():
+    pool = Pool(8 * MB)
+    first, second = pool.slab(4 * MB, always), pool.slab(4 * MB, always)
+    memory = {id(first.slab), id(second.slab)}
+    first.drop()
+    third = pool.slab(4 * MB, always)
+    assert {id(second.slab), id(third.slab)} == memory
+
+
+def test_a_block_is_given_back_by_its_last_user():
+    pool = Pool(MB)
+    block = pool.copy(memoryview(b"12345"), always)
+    assert pool.used == 5 + BATCH_OVERHEAD
+    block.share()
+    block.drop()
+    assert pool.used == 5 + BATCH_OVERHEAD
+    block.drop()
+    assert pool.used == 0
+
+
+def test_a_slab_grows_and_keeps_its_bytes():
+    pool = Pool(64 * MB)
+    block = pool.slab(MB, always)
+    block.view[:5] = b"hello"
+    pool.grow(block, 40 * MB, always)
+    assert len(block.view) >= 40 * MB
+    assert bytes(block.view[:5]) == b"hello"
+    assert pool.used == block.charged
+    block.drop()
+    assert pool.used == 0
+
+
+def test_growing_messages_that_fill_everything_let_one_go_beyond(wait_until):
+    pool = Pool(8 * MB)
+    first, second = pool.slab(4 * MB, always), pool.slab(4 * MB, always)
+    pool.grow(first, 6 * MB, always)
+    thread = threading.Thread(target=pool.grow, args=(second, 6 * MB, always))
+    thread.start()
+    wait_until(lambda: pool.waiting == 1)
+    pool.received(first)
+    assert thread.is_alive(), "the first one is whole: it makes room when it is sent"
+    first.drop()
+    thread.join(5)
+    assert not thread.is_alive()
+    second.drop()
+    assert pool.used == 0
