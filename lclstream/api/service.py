@@ -32,7 +32,17 @@ from lclstream.api.models import (
 )
 from lclstream.api.states import Event, State
 from lclstream.api.status import HttpsStatusReader, messages
-from lclstream.api.store import KeyReusedError, NoFreePortError, Note, Order, QuotaError, Role, Store, states_seen_as
+from lclstream.api.store import (
+    KeyReusedError,
+    NoFreePortError,
+    Note,
+    Order,
+    QuotaError,
+    Receipt,
+    Role,
+    Store,
+    states_seen_as,
+)
 from lclstream.api.supervisor import Supervisor
 from lclstream.api.tables import TransferRow
 from lclstream.jobs.client import AsyncJobClient
@@ -365,27 +375,29 @@ def renew_lease(
     return Lease(lease_expires=expires)
 
 
-_SIGNED: dict[int | str, dict[str, Any]] = {403: _said("no or a wrong signature, or it was received before")}
+_SIGNED: dict[int | str, dict[str, Any]] = {403: _said("no or a wrong signature, or somebody else's callback again")}
 Signature = Annotated[str | None, Header(alias=callbacks.HEADER, max_length=256)]
 
 
 @callback.post("/producer", openapi_extra=_body_of("Callback"), responses=_SIGNED)
 def producer_callback(
-    body: RawBody, store: TheStore, supervisor: TheSupervisor, _peer: Owner, signature: Signature = None
+    body: RawBody, store: TheStore, supervisor: TheSupervisor, sender: Owner, signature: Signature = None
 ) -> bool:
-    """What the job service says about an engine job."""
-    return _callback(Role.engine, body, signature, store, supervisor)
+    """What the job service says about an engine job. The same again, from the same sender, is without effect."""
+    return _callback(Role.engine, body, signature, sender, store, supervisor)
 
 
 @callback.post("/forwarder", openapi_extra=_body_of("Callback"), responses=_SIGNED)
 def forwarder_callback(
-    body: RawBody, store: TheStore, supervisor: TheSupervisor, _peer: Owner, signature: Signature = None
+    body: RawBody, store: TheStore, supervisor: TheSupervisor, sender: Owner, signature: Signature = None
 ) -> bool:
-    """What the job service says about a buffer job."""
-    return _callback(Role.buffer, body, signature, store, supervisor)
+    """What the job service says about a buffer job. The same again, from the same sender, is without effect."""
+    return _callback(Role.buffer, body, signature, sender, store, supervisor)
 
 
-def _callback(role: Role, body: bytes, signature: str | None, store: Store, supervisor: Supervisor) -> bool:
+def _callback(
+    role: Role, body: bytes, signature: str | None, sender: Identity, store: Store, supervisor: Supervisor
+) -> bool:
     try:
         news = Callback.model_validate_json(body)
     except ValidationError as error:
@@ -396,9 +408,12 @@ def _callback(role: Role, body: bytes, signature: str | None, store: Store, supe
     if job is None or not callbacks.is_signed(job.spec["cb_secret"], body, signature):
         raise HTTPException(403, f"{callbacks.HEADER} is not the signature of this callback with the job's secret")
     transition = Transition(time=store.clock(), jobndx=news.jobndx, state=news.state, info=news.info)
-    if not store.accept_callback(job.id, body, transition):
-        raise HTTPException(403, "this callback was received before: it is not accepted twice")
-    supervisor.wake(job.transfer)
+    receipt = store.accept_callback(job.id, body, transition, sender)
+    if receipt is Receipt.replayed:
+        log.warning("job %s: %s replayed a callback that another one had sent", job.jobid, sender.login)
+        raise HTTPException(403, "this callback was received before, from another sender: it is not accepted again")
+    if receipt is Receipt.taken:
+        supervisor.wake(job.transfer)
     return True
 
 

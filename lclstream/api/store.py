@@ -44,6 +44,14 @@ class Role(StrEnum):
         return ClientName.cache if self is Role.buffer else ClientName.producer
 
 
+class Receipt(StrEnum):
+    """What became of a callback with a right signature."""
+
+    taken = "taken"
+    repeated = "repeated"
+    replayed = "replayed"
+
+
 class NoFreePortError(RuntimeError):
     """Every port of the range is leased or in use."""
 
@@ -446,19 +454,24 @@ class Store:
         with self._reading() as session:
             return session.scalar(select(JobRow).where(JobRow.role == role.value, JobRow.jobid == jobid))
 
-    def accept_callback(self, job: int, body: bytes, transition: Transition) -> bool:
-        """Take over what a verified callback says; False when exactly this one was accepted before."""
+    def accept_callback(self, job: int, body: bytes, transition: Transition, sender: Identity) -> Receipt:
+        """Take over what a verified callback says, once.
+
+        Returns:
+            `taken`, or for exactly one that was accepted before `repeated` (its sender did not get the answer) or
+            `replayed` (it comes from somebody else); neither changes anything.
+        """
         digest = hashlib.sha256(body).hexdigest()
-        try:
-            with self._writing() as session:
-                row = session.get_one(JobRow, job, with_for_update=True)
-                session.add(CallbackRow(job=job, sha256=digest))
-                session.flush()
-                # A callback does not say when: its time is corrected by the history that is asked for next.
-                self._record(session, row, [transition], exact=False)
-        except IntegrityError:
-            return False
-        return True
+        with self._writing() as session:
+            row = session.get_one(JobRow, job, with_for_update=True)
+            known = session.get(CallbackRow, (job, digest))
+            if known is not None:
+                same = (known.login, known.issuer) in ((None, None), (sender.login, sender.issuer))
+                return Receipt.repeated if same else Receipt.replayed
+            session.add(CallbackRow(job=job, sha256=digest, login=sender.login, issuer=sender.issuer))
+            # A callback does not say when: its time is corrected by the history that is asked for next.
+            self._record(session, row, [transition], exact=False)
+        return Receipt.taken
 
     def _record(self, session: Session, row: JobRow, transitions: Iterable[Transition], *, exact: bool) -> None:
         for transition in transitions:

@@ -146,17 +146,21 @@ class LogRow(Base):
 
 
 class CallbackRow(Base):
-    """A callback that was accepted, so that the same one is refused when it is replayed.
+    """A callback that was accepted: its sender may repeat it without effect, and nobody else may.
 
     Attributes:
         job: the job it was about.
         sha256: of its raw body.
+        login: of the certificate it came with; None for those accepted before this was kept.
+        issuer: who vouches for that login.
     """
 
     __tablename__ = "callbacks"
 
     job: Mapped[int] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
     sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
+    login: Mapped[str | None] = mapped_column(String(255))
+    issuer: Mapped[str | None] = mapped_column(String(1024))
 
 
 class PortRow(Base):

@@ -20,7 +20,7 @@ from lclstream.api import database
 from lclstream.api.config import PortsConfig
 from lclstream.api.models import ClientName, JobState
 from lclstream.api.states import Effect, Event, State
-from lclstream.api.store import Note, Order, Role, Store
+from lclstream.api.store import Note, Order, Receipt, Role, Store
 from lclstream.api.tables import Base
 from lclstream.jobs.models import Transition
 from lclstream.security.identity import Identity
@@ -178,8 +178,10 @@ def test_a_whole_life_in_rows(store: Store) -> None:
     store.job_created(job.id, "1.5")
     store.job_started(job.id)
     late = Transition(time=3.0, jobndx=1, state=JobState.active, info="here\0\ud800")
-    assert store.accept_callback(job.id, b"body", late)
-    assert not store.accept_callback(job.id, b"body", late)
+    assert store.accept_callback(job.id, b"body", late, ALICE) is Receipt.taken
+    assert store.accept_callback(job.id, b"body", late, ALICE) is Receipt.repeated
+    stranger = Identity(login="alice", issuer="CN=elsewhere", subject="UID=alice", serial="1")
+    assert store.accept_callback(job.id, b"body", late, stranger) is Receipt.replayed
     store.record(
         job.id, [Transition(time=2.0, jobndx=1, state=JobState.queued, info="7"), late.model_copy(update={"time": 2.5})]
     )
