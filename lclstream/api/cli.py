@@ -84,7 +84,13 @@ def serve_api(
         print(f"lclstream api: the database cannot be opened: {error}", file=sys.stderr)
         raise typer.Exit(3) from error
     try:
-        serve(create_app(settings, store), host=settings.host, port=settings.port, credentials=member)
+        serve(
+            create_app(settings, store),
+            host=settings.host,
+            port=settings.port,
+            credentials=member,
+            limits=settings.limits_of_requests,
+        )
     finally:
         store.close()
 

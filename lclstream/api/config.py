@@ -10,6 +10,8 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lclstream.api.states import LIVING, TIME_LIMITS_S, State
+from lclstream.security.limits import Limits
+from lclstream.security.rate import Rate
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Minutes = Annotated[int, Field(gt=0)]
@@ -181,6 +183,21 @@ class QuotaConfig(_Section):
     ranks: Annotated[int, Field(ge=1)] | None = None
 
 
+class RequestsConfig(_Section):
+    """How long and how often one may ask.
+
+    Attributes:
+        answer_s: seconds from a request's head until its answer begins, the upload included.
+        stall_s: seconds a peer may pause within a body or an answer.
+        rate: requests one identity may make, `per_s` on average and `burst` at once; None: not limited. The job
+            service's callbacks count as its requests; those refused come again later.
+    """
+
+    answer_s: Seconds = 60.0
+    stall_s: Seconds = 60.0
+    rate: Rate | None = None
+
+
 class ApiConfig(_Section):
     """Everything the service can be told.
 
@@ -205,6 +222,7 @@ class ApiConfig(_Section):
         poll_s: period of asking the job service how jobs are; callbacks are quicker, and may be lost.
         status_s: period of asking buffers for their figures.
         max_request_bytes: the largest request body that is read.
+        requests: how long and how often one may ask.
         tail_bytes: how much of a failed job's stderr goes into the transfer's log.
     """
 
@@ -226,6 +244,7 @@ class ApiConfig(_Section):
     poll_s: Seconds = 5.0
     status_s: Seconds = 1.0
     max_request_bytes: Annotated[int, Field(ge=1024)] = 1024 * 1024
+    requests: RequestsConfig = RequestsConfig()
     tail_bytes: Annotated[int, Field(ge=1)] = 4000
 
     @field_validator("limits_s")
@@ -239,6 +258,14 @@ class ApiConfig(_Section):
     def limit_s(self, state: State) -> float | None:
         """How long a transfer may stay in a state; None for an end."""
         return self.limits_s.get(state, TIME_LIMITS_S.get(state))
+
+    @property
+    def limits_of_requests(self) -> Limits:
+        """The same for the server."""
+        asked = self.requests
+        return Limits(
+            body_bytes=self.max_request_bytes, answer_s=asked.answer_s, stall_s=asked.stall_s, rate=asked.rate
+        )
 
     @property
     def callback_base(self) -> str:

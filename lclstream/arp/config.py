@@ -12,6 +12,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lclstream.arp.events import FILES, JOBS, RUNS
+from lclstream.security.rate import Rate
 
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
@@ -132,11 +133,13 @@ class StatusConfig(_Model):
     Attributes:
         host, port: where it listens; port 0 takes a free one.
         kill_logins: logins whose requests to kill a job are followed: the logbook's.
+        rate: requests one identity may make, `per_s` on average and `burst` at once; None: any number.
     """
 
     host: str = "127.0.0.1"
     port: int = Field(default=8449, ge=0, le=65535)
     kill_logins: list[str] = ["elog"]
+    rate: Rate | None = None
 
 
 class JobsConfig(_Model):

@@ -104,7 +104,7 @@ def served(app: FastAPI, config: StatusConfig, credentials: Credentials) -> Iter
     """
     with _bound(config) as listener:
         port = listener.getsockname()[1]
-        server = server_for(app, host=config.host, port=port, credentials=credentials, limits=Limits())
+        server = server_for(app, host=config.host, port=port, credentials=credentials, limits=Limits(rate=config.rate))
         thread = threading.Thread(target=_run, args=(server, listener), name="arp-status", daemon=True)
         thread.start()
         deadline = time.monotonic() + _START_S

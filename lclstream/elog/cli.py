@@ -74,7 +74,7 @@ def _serve(settings: ElogConfig) -> None:
         host=settings.host,
         port=settings.port,
         credentials=application.state.credentials,
-        limits=LIMITS,
+        limits=LIMITS.model_copy(update={"rate": settings.rate}),
     )
 
 

@@ -8,6 +8,8 @@ from typing import Annotated
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from lclstream.security.rate import Rate
+
 #: What an experiment may be called; the name becomes part of URLs, messages and DAG run ids.
 EXPERIMENT_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 
@@ -54,6 +56,7 @@ class ElogConfig(_Model):
         kafka: the broker.
         experiments: names of the experiments. Without the list, an experiment exists from its first run on.
         locations: data centres by name. Without any, every name is accepted.
+        rate: requests one identity may make, `per_s` on average and `burst` at once. Without it, any number.
     """
 
     host: str = "127.0.0.1"
@@ -63,6 +66,7 @@ class ElogConfig(_Model):
     kafka: KafkaConfig
     experiments: list[ExperimentName] | None = None
     locations: dict[str, LocationConfig] = {}
+    rate: Rate | None = None
 
 
 def load(path: Path, **overrides: object) -> ElogConfig:

@@ -20,6 +20,7 @@ from lclstream.api.client import TransferClient
 from lclstream.api.models import ClientName, JobState, TransferInfo, TransferPhase
 from lclstream.client import StreamError, pull
 from lclstream.jobs.client import JobClient
+from lclstream.security import http
 from lclstream.security.errors import PeerError
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
@@ -461,6 +462,18 @@ def test_a_stopped_service_exits_well_and_goes_on_later(site: Site) -> None:
     site.client.cancel(status.id)
     site.released(status.id)
     site.nothing_is_left()
+
+
+def test_requests_beyond_the_services_limits_are_refused(site: Site, sites: dict[str, Any]) -> None:
+    site.restart_api(requests={"rate": {"per_s": 0.01, "burst": 50}}, max_request_bytes=2048)
+    with http.client(site.url, sites["s3df"].member("bob")) as bob:
+        large = bob.post("/v1/transfers", content=b" " * 3000)
+        assert large.status_code == 413
+        assert "rule: body_bytes" in large.text
+        answers = [bob.get("/v1/transfers") for _ in range(50)]
+    assert [answer.status_code for answer in answers] == [200] * 49 + [429]
+    assert int(answers[-1].headers["retry-after"]) > 10
+    assert site.client.list(limit=1) is not None, "others are served"
 
 
 def test_what_makes_no_sense_is_told_before_anything_starts(

@@ -127,3 +127,23 @@ def test_run_says_when_nobody_answers(start: Any, sites: Any, free_port: Callabl
     unreachable = start(*run_command("start", "mfx1", *where))
     assert unreachable.wait(30) == 3
     assert "cannot be reached" in unreachable.output()
+
+
+def test_one_who_asks_too_often_is_told_when_to_come_back(start: Any, folder: Path, tmp_path: Path, sites: Any) -> None:
+    config = tmp_path / "elog.yaml"
+    document = {
+        "credentials": str(folder),
+        "database": f"sqlite:///{tmp_path}/elog.sqlite",
+        "kafka": {"bootstrap_servers": "127.0.0.1:9"},
+        "port": 0,
+        "rate": {"per_s": 0.01, "burst": 2},
+    }
+    config.write_text(yaml.safe_dump(document))
+    service = start(*elog_command("--config", str(config)), name="elog")
+    service.wait_for_output("listening at", 30)
+    url = service.output().partition("listening at ")[2].split()[0]
+    with client(url, sites["s3df"].member("alice")) as alice, client(url, sites["s3df"].member("bob")) as bob:
+        assert [alice.get("/openapi.json").status_code for _ in range(3)] == [200, 200, 429]
+        assert int(alice.get("/openapi.json").headers["retry-after"]) > 10
+        assert bob.get("/openapi.json").status_code == 200, "others are served"
+        assert bob.post("/lgbk/naming/ws/x", content=b" " * (17 << 20)).status_code == 413
