@@ -6,9 +6,12 @@ the old work or new work follows from what became of the old:
 
 =====================================  ===============================================================================
 the earlier work is under way          it is taken over (a worker died, or somebody cleared the task)
-it has succeeded, its task did not     it is taken over: its task died before it could say so
+it has succeeded, its task did not     it is taken over: its task died before it said so, or Airflow did not hear it
 anything else                          new work, under the next key: ``…#2``, ``…#3``
 =====================================  ===============================================================================
+
+Clearing a task that *has* succeeded asks for new work. What tells that from Airflow's own retry is the number of tries
+Airflow allows, which every clearing raises.
 """
 
 from __future__ import annotations
@@ -37,8 +40,9 @@ if TYPE_CHECKING:
 START_PATIENCE_S = 30.0
 #: How long a worker that is being killed tries to cancel, in seconds; Airflow kills it for good soon after.
 KILL_PATIENCE_S = 5.0
-#: Work that is found under way may be about to be cancelled by the trigger of the task instance that was cleared a
-#: moment ago (seen 1 to 5 s after the click). After this pause, in seconds, it is looked at again.
+#: Work that is found under way may be about to be cancelled: by the worker of the try that somebody cleared a moment
+#: ago, or by its trigger, when that cannot learn that the task runs again (1 to 5 s after the click). After this pause,
+#: in seconds, it is looked at again.
 TAKE_OVER_PAUSE_S = 5.0
 #: Beyond the deadline that the trigger watches itself, Airflow's own one, in seconds.
 _BACKSTOP_S = 60.0
@@ -47,6 +51,8 @@ _PROMPT_PAUSE_S = 0.5
 #: A task that was cleared more often than this has another problem.
 _MOST_ROUNDS = 1000
 _STATE_KEY = "lclstream_unfinished"
+#: The work whose success the last try has reported, and how many tries Airflow allowed then.
+_SUCCESS_KEY = "lclstream_succeeded"
 #: What services take as a key, which travels in an HTTP header; room is left for ``#N``.
 _HEADER_VALUE = re.compile(r"[!-~]{1,200}")
 
@@ -247,7 +253,7 @@ class RemoteWorkOperator(BaseOperator):
                 raise AirflowFailException(f"{event['message']}, but {error}") from error
             except PeerError as error:
                 self._raise(error)
-            self._forget(context)
+            self._forget(context, succeeded=remote_id)
             return result
         if status is not WaitStatus.ENDED:
             self._cancel_quietly(remote_id)
@@ -299,15 +305,25 @@ class RemoteWorkOperator(BaseOperator):
 
     @staticmethod
     def _unfinished(context: Context) -> str | int | None:
-        """The id that a try of this task has recorded and not brought to an end."""
+        """The id of the work that a try of this task has recorded, and not brought to an end that Airflow knows."""
         store = context.get("task_state_store")
-        recorded = store.get(_STATE_KEY) if store is not None else None
+        if store is None:
+            return None
+        recorded = store.get(_STATE_KEY)
+        if recorded is None:
+            reported = store.get(_SUCCESS_KEY)
+            # Nobody has cleared the task since, and still it runs again: Airflow has marked the try failed before it
+            # heard of the success, as its scheduler does with resumed tasks under load.
+            if isinstance(reported, dict) and reported.get("max_tries") == context["ti"].max_tries:
+                recorded = reported.get("id")
         return recorded if isinstance(recorded, str | int) else None
 
     @staticmethod
-    def _forget(context: Context) -> None:
+    def _forget(context: Context, succeeded: str | int | None = None) -> None:
         store = context.get("task_state_store")
         if store is not None:
+            if succeeded is not None:
+                store.set(_SUCCESS_KEY, {"id": succeeded, "max_tries": context["ti"].max_tries})
             store.delete(_STATE_KEY)
 
     @staticmethod

@@ -9,6 +9,9 @@ exactly one event. What ends a wait:
 ``timeout``     the deadline of the task has passed
 ``unreachable`` the service was not to be had for too long, or refuses us: what goes on there is UNKNOWN
 ==============  ====================================================================================================
+
+Airflow calls `on_kill` when the task was marked or cleared, and does not say which. So the trigger asks for the task's
+state: a task that Airflow runs again will find its work by its key, and that work goes on; any other's is cancelled.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from collections.abc import AsyncIterator
 from enum import StrEnum
 from typing import Any, ClassVar
 
+from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
 from lclstream_airflow.hooks.patience import Patience, PeerError, ServiceError
@@ -30,6 +34,12 @@ from lclstream_airflow.hooks.patience import Patience, PeerError, ServiceError
 PATIENCE_S = 600.0
 #: Airflow gives `on_kill` 30 s; ours stops trying before, so that its last words reach the log.
 KILL_PATIENCE_S = 20.0
+#: How long Airflow may take to say in which state a task is, in seconds.
+_ASK_AIRFLOW_S = 5.0
+#: States of a task that was cleared and waits for its turn, runs, or has come to wait again.
+_RUNS_AGAIN = frozenset(
+    {None, "scheduled", "queued", "running", "restarting", "deferred", "up_for_retry", "up_for_reschedule"}
+)
 
 
 class OnKill(StrEnum):
@@ -176,9 +186,12 @@ class PollingTrigger(BaseTrigger):
         return event(status, self.remote_id, f"{self.what} {self.remote_id} {words}", self._facts)
 
     async def on_kill(self) -> None:
-        """Cancel the remote work, when that is wanted: the task was marked or cleared while it was deferred."""
+        """Cancel the remote work, when that is wanted: somebody acted on the task while it was deferred."""
         if self.on_kill_policy is OnKill.LEAVE:
             self.log.info("%s %s is left as it is", self.what, self.remote_id)
+            return
+        if await self._runs_again():
+            self.log.info("%s %s goes on: its task was cleared and will find it again", self.what, self.remote_id)
             return
         patience = Patience(KILL_PATIENCE_S)
         while True:
@@ -193,3 +206,28 @@ class PollingTrigger(BaseTrigger):
                     self.log.error("%s %s could not be cancelled: %s", self.what, self.remote_id, error)
                     return
                 await asyncio.sleep(pause)
+
+    async def _runs_again(self) -> bool:
+        """Whether Airflow runs our task again, or will.
+
+        False also when that cannot be learnt: what is not known to be wanted must end.
+        """
+        ti = self.task_instance
+        if ti is None:
+            return False
+        map_index = -1 if ti.map_index is None else ti.map_index
+        name = ti.task_id if map_index < 0 else f"{ti.task_id}_{map_index}"
+        try:
+            async with asyncio.timeout(_ASK_AIRFLOW_S):
+                states = await asyncio.to_thread(
+                    RuntimeTaskInstance.get_task_states,
+                    dag_id=ti.dag_id,
+                    map_index=map_index,
+                    task_ids=[ti.task_id],
+                    run_ids=[ti.run_id],
+                )
+        except Exception as error:  # Airflow's supervisor raises what it likes
+            self.log.warning("the state of task %s is not known: %s", name, error)
+            return False
+        known = states.get(ti.run_id, {})
+        return name in known and known[name] in _RUNS_AGAIN

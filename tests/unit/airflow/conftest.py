@@ -234,6 +234,7 @@ def context() -> dict[str, Any]:
         task_id="request_stream",
         map_index=-1,
         try_number=1,
+        max_tries=2,
         xcoms=xcoms,
         xcom_push=lambda key, value: xcoms.update({key: value}),
     )

@@ -148,10 +148,22 @@ def test_a_task_that_is_cleared_after_its_success_works_anew(transfers: Any, con
     deferral = deferred(operator, context)
     transfers.transfers[1].phase = TransferPhase.done
     operator.execute_complete(context, {"status": "reached", "remote_id": 1, "message": "done", "facts": {}})
-    assert context["task_state_store"] == {}
+    context["ti"].max_tries += 2
     deferred(transfer_operator(wait_for="complete"), context)
     assert len(transfers.transfers) == 2
     assert deferral is not None
+
+
+def test_a_success_that_airflow_did_not_hear_is_taken_over_by_its_retry(
+    transfers: Any, context: dict[str, Any]
+) -> None:
+    operator = transfer_operator(wait_for="complete")
+    deferred(operator, context)
+    transfers.transfers[1].phase = TransferPhase.done
+    operator.execute_complete(context, {"status": "reached", "remote_id": 1, "message": "done", "facts": {}})
+    context["ti"].try_number += 1
+    assert transfer_operator(wait_for="complete", deferrable=False).execute(context)["transfer_id"] == 1
+    assert len(transfers.transfers) == 1
 
 
 def test_a_changed_configuration_ends_the_old_transfer_and_starts_a_new_one(

@@ -6,9 +6,11 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
 from airflow.sdk.module_loading import import_string
 
 from lclstream.api.models import TransferPhase
@@ -150,6 +152,40 @@ def test_a_kill_cancels_unless_told_to_leave(transfers: Any, policy: str, phase:
     transfer = transfers.add()
     transfer.phase = TransferPhase.producing
     asyncio.run(transfer_trigger(on_kill_policy=policy).on_kill())
+    assert transfer.phase is phase
+
+
+@pytest.mark.parametrize(
+    ("state", "phase"),
+    [
+        (None, TransferPhase.producing),
+        ("queued", TransferPhase.producing),
+        ("running", TransferPhase.producing),
+        ("deferred", TransferPhase.producing),
+        ("failed", TransferPhase.canceled),
+        ("success", TransferPhase.canceled),
+        ("skipped", TransferPhase.canceled),
+        ("gone", TransferPhase.canceled),
+        (OSError("no answer"), TransferPhase.canceled),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("map_index", [-1, 3])
+def test_a_kill_of_a_task_that_runs_again_leaves_its_work_and_every_other_kill_ends_it(
+    transfers: Any, monkeypatch: pytest.MonkeyPatch, state: Any, phase: TransferPhase, map_index: int
+) -> None:
+    def states(**query: Any) -> dict[str, dict[str, Any]]:
+        assert query == {"dag_id": "d", "task_ids": ["t"], "run_ids": ["r"], "map_index": map_index}
+        if isinstance(state, Exception):
+            raise state
+        return {} if state == "gone" else {"r": {"t" if map_index < 0 else f"t_{map_index}": state}}
+
+    monkeypatch.setattr(RuntimeTaskInstance, "get_task_states", staticmethod(states))
+    transfer = transfers.add()
+    transfer.phase = TransferPhase.producing
+    trigger = transfer_trigger()
+    trigger.task_instance = SimpleNamespace(dag_id="d", run_id="r", task_id="t", map_index=map_index)
+    asyncio.run(trigger.on_kill())
     assert transfer.phase is phase
 
 
