@@ -1,4 +1,4 @@
-"""Put results where the experimenters look: onto the run in the logbook, and onto the workflow's line there."""
+"""Put results where the experimenters look: onto the run in the logbook, the workflow's line there, and as a comment."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ _LONGEST_TEXT = 1000
 
 
 class ElogOperator(BaseOperator):
-    """Writes run parameters, and counters of a workflow job, into the logbook.
+    """Writes run parameters, counters of a workflow job, and a comment, into the logbook.
 
-    Both may be written again without harm, so the task may be retried and cleared. Returns the parameters as written.
+    All may be written again without harm, so the task may be retried and cleared: a comment that is there already, with
+    the same text for the same run, is not written a second time. Returns the parameters as written.
 
     :param experiment: the experiment's name
     :param run: the run's number
@@ -37,6 +38,10 @@ class ElogOperator(BaseOperator):
         `status` are not written
     :param counters: name → value, shown beside the workflow job while it runs
     :param status: the workflow job's status, such as ``RUNNING`` or ``DONE``
+    :param comment: a text for the logbook's entries of the run; None or empty: no comment
+    :param comment_title: its title
+    :param comment_tags: its tags, each one word, as a list or separated by blanks; `lclstream backfill --tag` finds the
+        run by them
     :param elog_conn_id: connection of type `elog`
     """
 
@@ -49,6 +54,9 @@ class ElogOperator(BaseOperator):
         "job_id",
         "counters",
         "status",
+        "comment",
+        "comment_title",
+        "comment_tags",
         "elog_conn_id",
     )
     template_fields_renderers: ClassVar[dict[str, str]] = {"run_params": "json", "counters": "json"}
@@ -66,6 +74,9 @@ class ElogOperator(BaseOperator):
         job_id: str | None = None,
         counters: Mapping[str, Any] | None = None,
         status: str | None = None,
+        comment: str | None = None,
+        comment_title: str | None = None,
+        comment_tags: Sequence[str] | str = (),
         elog_conn_id: str = ElogHook.default_conn_name,
         **kwargs: Any,
     ) -> None:
@@ -78,6 +89,9 @@ class ElogOperator(BaseOperator):
         self.job_id = job_id
         self.counters = counters
         self.status = status
+        self.comment = comment
+        self.comment_title = comment_title
+        self.comment_tags = comment_tags
         self.elog_conn_id = elog_conn_id
 
     def execute(self, context: Context) -> dict[str, Any]:
@@ -92,6 +106,8 @@ class ElogOperator(BaseOperator):
             parameters = self._parameters()
             _RUN_LINK.record(context, hook.run_url(self.experiment, self.run))
             insist(lambda: self._write(hook, parameters), limit_s=START_PATIENCE_S)
+            if (self.comment or "").strip():
+                insist(lambda: self._say(hook), limit_s=START_PATIENCE_S)
         except (ElogError, ValueError) as error:
             raise AirflowFailException(str(error)) from error
         except PeerError as error:
@@ -151,3 +167,20 @@ class ElogOperator(BaseOperator):
                     self.experiment, str(self.job_id), status=self.status or None, counters=counters or None
                 )
                 self.log.info("Workflow job %s: status and counters written", self.job_id)
+
+    def _say(self, hook: ElogHook) -> None:
+        text = (self.comment or "").strip()
+        tags = self.comment_tags.split() if isinstance(self.comment_tags, str) else list(self.comment_tags)
+        number = run_number(self.run)
+        with hook.get_conn() as client:
+            # An entry cannot be taken back, and the answer to an earlier try may have been lost.
+            for entry in client.elog_entries(self.experiment):
+                if (entry.content.strip(), entry.run_num, entry.title or "") == (
+                    text,
+                    number,
+                    self.comment_title or "",
+                ):
+                    self.log.info("Run %s of %s has this comment already", self.run, self.experiment)
+                    return
+            client.new_elog_entry(self.experiment, text, number, title=self.comment_title or None, tags=tags)
+            self.log.info("Run %s of %s: comment written", self.run, self.experiment)

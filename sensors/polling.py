@@ -41,6 +41,7 @@ class PollingSensor(BaseSensorOperator):
         super().__init__(poke_interval=poke_interval, timeout=timeout, **kwargs)
         self.deferrable = deferrable
         self.patience_s = patience_s
+        self._looker: PollingTrigger | None = None
 
     @abstractmethod
     def trigger(self, deadline: float) -> PollingTrigger:
@@ -74,7 +75,10 @@ class PollingSensor(BaseSensorOperator):
     def poke(self, context: Context) -> PokeReturnValue:
         """One look, from a worker."""
         del context
-        payload = asyncio.run(self.trigger(time.time() + self.timeout).peek())
+        if self._looker is None:
+            # One for all looks: some judge by what has changed since the last one.
+            self._looker = self.trigger(time.time() + self.timeout)
+        payload = asyncio.run(self._looker.peek())
         if payload is None:
             return PokeReturnValue(is_done=False)
         return PokeReturnValue(is_done=True, xcom_value=self._conclude(payload))

@@ -1,4 +1,4 @@
-"""Waiting for a transfer: until its buffer can be pulled from, data flow, it is empty, or all is done.
+"""Waiting for a transfer: until its buffer can be pulled from, data flow, it fills, stands still, is empty, or all is done.
 
 Each look renews the transfer's lease: as long as somebody waits the transfer lives, and when Airflow is gone for good
 the transfer service ends it by itself.
@@ -7,6 +7,7 @@ the transfer service ends it by itself.
 from __future__ import annotations
 
 import contextlib
+import time
 from enum import StrEnum
 from typing import Any
 
@@ -27,6 +28,8 @@ class Until(StrEnum):
     ==========  ==================================================================================
     `ready`     the buffer listens: a consumer that connects now misses nothing
     `flowing`   at least one message has reached the buffer
+    `level`     the buffer is as full as was said: its consumers are too slow
+    `stalled`   no message has come or gone for as long as was said, though the transfer has not ended
     `drained`   the producers have gone and the buffer holds nothing any more
     `done`      everything was delivered, the transfer's jobs have ended and its ports are free
     ==========  ==================================================================================
@@ -34,12 +37,21 @@ class Until(StrEnum):
 
     READY = "ready"
     FLOWING = "flowing"
+    LEVEL = "level"
+    STALLED = "stalled"
     DRAINED = "drained"
     DONE = "done"
 
 
-def judge(info: TransferInfo, until: Until) -> dict[str, Any] | None:
-    """Whether a transfer is as wanted, will never be, or (None) has to be looked at again."""
+def judge(
+    info: TransferInfo, until: Until, *, level: float = 1.0, still_s: float = 0.0, stalled_s: float = 60.0
+) -> dict[str, Any] | None:
+    """Whether a transfer is as wanted, will never be, or (None) has to be looked at again.
+
+    :param level: how full the buffer has to be, as a part of its capacity
+    :param still_s: for how long no message has come or gone, in seconds
+    :param stalled_s: how long that has to be
+    """
     facts = transfer_facts(info)
     phase = info.phase
     if phase.final and phase is not TransferPhase.done:
@@ -51,12 +63,36 @@ def judge(info: TransferInfo, until: Until) -> dict[str, Any] | None:
         reached = bool(facts["received_messages"])
         if phase is TransferPhase.done and not reached:
             return event(WaitStatus.ENDED, info.id, f"transfer {info.id} is done, but no message ever came", facts)
+    elif until in (Until.LEVEL, Until.STALLED):
+        if phase is TransferPhase.done:
+            return event(
+                WaitStatus.ENDED, info.id, f"transfer {info.id} is done, and was never {_WANTED[until]}", facts
+            )
+        if until is Until.STALLED:
+            reached = phase.pullable and still_s >= stalled_s
+        else:
+            reached = (full := fullness(info)) is not None and full >= level
+        if reached:
+            return event(WaitStatus.REACHED, info.id, f"transfer {info.id} is {_WANTED[until]}", facts)
     elif until is Until.DRAINED:
         emptied = phase is TransferPhase.draining and (info.buffer or {}).get("producers") == 0
         reached = phase is TransferPhase.done or (emptied and facts["held_messages"] == 0)
     else:
         reached = phase is TransferPhase.done
     return event(WaitStatus.REACHED, info.id, f"transfer {info.id} is {phase.value}", facts) if reached else None
+
+
+_WANTED = {Until.LEVEL: "as full as was waited for", Until.STALLED: "stalled"}
+
+
+def fullness(info: TransferInfo) -> float | None:
+    """Which part of its capacity a transfer's buffers hold, from 0 to 1; of several, the fullest; None: not known."""
+    parts = []
+    for document in info.buffers or [info.buffer]:
+        capacity, held = (document or {}).get("capacity_bytes"), ((document or {}).get("held") or {}).get("bytes")
+        if capacity and held is not None:
+            parts.append(held / capacity)
+    return max(parts, default=None)
 
 
 def _last_words(info: TransferInfo) -> str:
@@ -70,6 +106,8 @@ class LCLStreamTransferTrigger(PollingTrigger):
     :param until: what is waited for, see :class:`Until`
     :param lease_s: each look moves the end of the lease to that many seconds from then; None: the transfer has no
         lease, or somebody else keeps it
+    :param level: for ``level``: how full the buffer has to be, as a part of its capacity
+    :param stalled_s: for ``stalled``: how long nothing has to move, in seconds
     """
 
     what = "transfer"
@@ -82,6 +120,8 @@ class LCLStreamTransferTrigger(PollingTrigger):
         deadline: float,
         until: str,
         lease_s: float | None,
+        level: float = 0.8,
+        stalled_s: float = 60.0,
         poll_interval: float = 2.0,
         patience_s: float = PATIENCE_S,
         on_kill_policy: str = OnKill.CANCEL,
@@ -96,11 +136,21 @@ class LCLStreamTransferTrigger(PollingTrigger):
         )
         self.until = Until(until)
         self.lease_s = lease_s
+        self.level = level
+        self.stalled_s = stalled_s
         self._phase: TransferPhase | None = None
+        self._counts: tuple[Any, ...] = ()
+        self._moved = time.monotonic()
 
     def arguments(self) -> dict[str, Any]:
         """See :meth:`PollingTrigger.arguments`."""
-        return {**super().arguments(), "until": self.until.value, "lease_s": self.lease_s}
+        return {
+            **super().arguments(),
+            "until": self.until.value,
+            "lease_s": self.lease_s,
+            "level": self.level,
+            "stalled_s": self.stalled_s,
+        }
 
     async def connect(self) -> contextlib.AbstractAsyncContextManager[AsyncTransferClient]:
         """A client of the transfer service."""
@@ -121,7 +171,11 @@ class LCLStreamTransferTrigger(PollingTrigger):
         if info.phase is not self._phase:
             self._phase = info.phase
             self.log.info("transfer %s is %s: %s", transfer, info.phase.value, info.info)
-        return judge(info, self.until)
+        counts = (info.phase.pullable, self._facts["received_messages"], self._facts["sent_messages"])
+        if counts != self._counts:
+            self._counts, self._moved = counts, time.monotonic()
+        still_s = time.monotonic() - self._moved
+        return judge(info, self.until, level=self.level, still_s=still_s, stalled_s=self.stalled_s)
 
     async def cancel(self, client: AsyncTransferClient) -> None:
         """Cancel the transfer."""

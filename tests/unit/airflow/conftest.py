@@ -52,6 +52,7 @@ class Scripted:
         self.info = ""
         self.received = self.sent = self.held = 0
         self.producers = 0
+        self.capacity_bytes: int | None = None
         self.calls: list[str] = []
         self.lease_s: list[float] = []
 
@@ -76,6 +77,7 @@ class Scripted:
             "held": {"messages": self.held, "bytes": 10 * self.held},
             "lost": {"messages": 0, "bytes": 0},
             "rate_in_bytes_s": 100.0,
+            "capacity_bytes": self.capacity_bytes,
         }
         return TransferInfo(
             user="airflow", log=[entry], metrics=metrics, id=self.number, url=self.status().url,

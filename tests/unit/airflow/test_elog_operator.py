@@ -76,6 +76,25 @@ def test_counters_and_status_reach_the_workflow_job(elog: ElogClient, context: d
     assert {counter.key: counter.value for counter in seen.counters} == {"events": 7, "rate": "3 Hz"}
 
 
+def test_a_comment_is_written_once_however_often_the_task_runs(elog: ElogClient, context: dict[str, Any]) -> None:
+    run = elog.start_run("mfx105")
+    for _ in range(2):
+        operator(
+            experiment="mfx105",
+            run=str(run.num),
+            comment="12 % hits\n",
+            comment_title="LCLStream",
+            comment_tags="DARK HITS",
+        ).execute(context)
+    operator(experiment="mfx105", run=run.num, comment="13 % hits", comment_tags=["HITS"]).execute(context)
+    first, second = elog.elog_entries("mfx105")
+    assert (first.content.strip(), first.title, first.run_num, first.tags) == (
+        "12 % hits", "LCLStream", run.num, ["DARK", "HITS"],
+    )  # fmt: skip
+    assert (second.content, second.title) == ("13 % hits", None)
+    assert elog.runs_with_tag("mfx105", "DARK") == [run.num]
+
+
 def test_nothing_to_say_is_no_error(elog: ElogClient, context: dict[str, Any]) -> None:
     elog.start_run("mfx102")
     assert operator(experiment="mfx102", run=1, run_params={}, job_id="None", status="DONE").execute(context) == {}

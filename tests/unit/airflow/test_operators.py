@@ -305,8 +305,8 @@ def test_the_sensor_fails_for_good_with_its_transfer(transfers: Any, context: di
         sensor.execute(context)
     with pytest.raises(AirflowFailException, match="must be the number of a transfer"):
         NNGBufferSensor(task_id="flow", transfer_id="None", until="done").execute(context)
-    with pytest.raises(ValueError, match="it may be 'flowing', 'drained' or 'done'"):
-        NNGBufferSensor(task_id="flow", transfer_id=1, until="ready")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="it may be ready, flowing, level, stalled"):
+        NNGBufferSensor(task_id="flow", transfer_id=1, until="empty")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("policy", "phase"), [("leave", TransferPhase.producing), ("cancel", TransferPhase.canceled)])
