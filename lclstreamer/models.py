@@ -311,11 +311,21 @@ class BinaryFileWritingDataHandler(Section):
     fsync: bool = Field(False, description="wait for the disk after every file, so that a power cut loses none")
 
 
+class TlsFiles(Section):
+    """Certificates (PEM files) of an encrypted connection; both sides show one."""
+
+    certificate: Path = Field(description="ours, with the issuers in between, if there are any")
+    key: Path = Field(description="its key, mode 0600")
+    ca: Path = Field(description="issuers of the other side's certificates")
+
+
 class BinaryDataStreamingDataHandler(Section):
     """Sends each message to one of the sinks, as a ZeroMQ PUSH or an NNG Push0 socket does."""
 
     type: Literal["BinaryDataStreamingDataHandler"]
-    urls: list[str] = Field(min_length=1, description="tcp://HOST:PORT or ipc:///PATH")
+    urls: list[str] = Field(
+        min_length=1, description="tcp://HOST:PORT, tls+tcp://HOST:PORT (encrypted, needs `tls`) or ipc:///PATH"
+    )
     role: Literal["server", "client"] = Field(
         "server", description="server listens at the URLs, client connects to them"
     )
@@ -324,6 +334,7 @@ class BinaryDataStreamingDataHandler(Section):
     connect_timeout_s: float = Field(60, gt=0, description="how long to wait for a sink when there is none")
     send_timeout_s: float = Field(300, gt=0, description="how long connected sinks may take nothing")
     drain_timeout_s: float = Field(60, gt=0, description="how long sinks may take to fetch the last messages")
+    tls: TlsFiles | None = Field(None, description="certificates for tls+tcp:// URLs")
 
     @field_validator("urls")
     @classmethod
@@ -333,9 +344,20 @@ class BinaryDataStreamingDataHandler(Section):
             if scheme == "ipc" and rest:
                 continue
             host, _, port = rest.rpartition(":")
-            if scheme != "tcp" or not host or not port.isdigit() or int(port) > 65535:
-                raise ValueError(f"{url!r} is not an address; valid are tcp://HOST:PORT and ipc:///PATH")
+            if scheme not in ("tcp", "tls+tcp") or not host or not port.isdigit() or int(port) > 65535:
+                raise ValueError(
+                    f"{url!r} is not an address; valid are tcp://HOST:PORT, tls+tcp://HOST:PORT and ipc:///PATH"
+                )
         return value
+
+    @model_validator(mode="after")
+    def _certificates(self) -> BinaryDataStreamingDataHandler:
+        encrypted = [url for url in self.urls if url.startswith("tls+")]
+        if encrypted and self.tls is None:
+            raise ValueError(f"{encrypted[0]} needs certificates: give `tls: {{certificate: …, key: …, ca: …}}`")
+        if self.tls is not None and not encrypted:
+            raise ValueError("`tls` is given, but no URL begins with tls+tcp://")
+        return self
 
 
 # ----------------------------------------------------------------------------------------------- choosing by `type:`

@@ -24,7 +24,7 @@ from nngstream.inlet import EndedInsideMessageError, Inlet
 from nngstream.memory import Memory
 from nngstream.outlet import Outlet
 from nngstream.peers import Peer, Register
-from nngstream.stream import Stream, TlsStream
+from nngstream.stream import Stream, TlsStream, let_read
 from nngstream.url import Address
 
 log = logging.getLogger("nngstream")
@@ -236,7 +236,11 @@ class Connections:
                 server_hostname=address.host.strip("[]") if address.dial else None,
                 do_handshake_on_connect=False,  # while it lasts, the connection must be one that can be interrupted
             )
-            connection.sock.do_handshake()
+            try:
+                connection.sock.do_handshake()
+            except ssl.SSLError:
+                let_read(connection.sock)
+                raise
             stream: Stream = TlsStream(connection.sock, where)
         else:
             stream = Stream(connection.sock, where)

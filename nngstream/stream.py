@@ -232,6 +232,20 @@ class TlsStream(Stream):
         socket.socket.shutdown(self.sock, socket.SHUT_WR)
 
 
+def let_read(sock: ssl.SSLSocket, patience_s: float = 1.0) -> None:
+    """After a handshake that failed: let the peer read our alert, which says why, before the socket is closed.
+
+    Closing while its first bytes are unread would make our kernel send a reset, which overtakes the alert.
+    """
+    deadline = time.monotonic() + patience_s
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_WR)
+        while (left := deadline - time.monotonic()) > 0:
+            sock.settimeout(left)
+            if not socket.socket.recv(sock, 4096):
+                return
+
+
 def common_name(sock: ssl.SSLSocket) -> str | None:
     """Whom the peer's verified certificate names, or None."""
     certificate = sock.getpeercert() or {}

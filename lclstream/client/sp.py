@@ -16,6 +16,7 @@ import array
 import contextlib
 import fcntl
 import os
+import re
 import socket
 import ssl
 import struct
@@ -35,6 +36,8 @@ LONGEST = 1 << 40
 HANDSHAKE_S = 10.0
 _BACK_OFF_S = (0.05, 2.0)
 _SMALL = 64 * 1024
+_REFUSALS = re.compile(r"ALERT_(BAD_CERT|UNKNOWN_CA|UNSUPPORTED_CERT|CERTIFICATE_|DECRYPT_ERROR|ACCESS_DENIED)")
+_ALERT_READ_S = 1.0
 _NAMES = {PUSH: "pushes (it produces messages)", PULL: "pulls (it consumes messages)"}
 
 
@@ -236,7 +239,7 @@ def dial(
             connection.introduce(protocol, peer_protocol)
         except ssl.SSLError as error:
             _close(stream)
-            raise WrongPeerError(f"{address}: TLS failed: {error.reason or error}") from error
+            raise WrongPeerError(f"{address}: {_tls_problem(error)}") from error
         except WrongPeerError:
             _close(stream)
             raise
@@ -251,6 +254,41 @@ def dial(
                 f"{address}: nobody to connect to for {waited:.1f} s ({reason}); is the stream already over?"
             )
         pause = min(2 * pause, longest)
+
+
+def _secured(stream: socket.socket, tls: ssl.SSLContext) -> ssl.SSLSocket:
+    """The server's side of TLS; a peer that is refused can read why."""
+    secured = tls.wrap_socket(stream, server_side=True, do_handshake_on_connect=False)
+    try:
+        secured.do_handshake()
+    except ssl.SSLError:
+        # Closing while its first bytes are unread would make our kernel send a reset, which overtakes the alert.
+        deadline = time.monotonic() + _ALERT_READ_S
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(secured, socket.SHUT_WR)
+            while (left := deadline - time.monotonic()) > 0 and secured.fileno() >= 0:
+                secured.settimeout(left)
+                if not socket.socket.recv(secured, 4096):
+                    break
+        secured.close()
+        raise
+    except BaseException:
+        secured.close()
+        raise
+    return secured
+
+
+def _tls_problem(error: ssl.SSLError) -> str:
+    """Why the two sides do not come together, and what to do."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return (
+            f"we do not accept its certificate: {error.verify_message}; its issuer must be in known_servers/ of our "
+            "certificate folder, and it must carry the name in the URL"
+        )
+    text = str(error.reason or error)
+    if _REFUSALS.search(text):
+        return f"it refuses our certificate ({text}): our issuer must be one the other side trusts"
+    return f"TLS failed ({text}): does the other side speak TLS?"
 
 
 def _close(stream: socket.socket | None) -> None:
@@ -353,11 +391,12 @@ class Listener:
                 _tuned(stream)
             if self._tls is not None:
                 stream.settimeout(HANDSHAKE_S)
-                stream = self._tls.wrap_socket(stream, server_side=True)
+                stream = _secured(stream, self._tls)
             connection = Connection(stream, name, ipc=self.address.scheme == "ipc")
             connection.introduce(*self._protocols)
         except (OSError, WrongPeerError) as error:
-            self.rejected = f"{name}: {error}"
+            reason = _tls_problem(error) if isinstance(error, ssl.SSLError) else error
+            self.rejected = f"{name}: {reason}"
             stream.close()
             return
         self._accepted(connection)

@@ -20,6 +20,7 @@ from typing import Any
 from lclstreamer.errors import ConnectError, HandlerError
 from lclstreamer.events import Message
 from lclstreamer.handlers.base import Handler, HandlerContext, MessageQueue
+from lclstreamer.handlers.encryption import RefusedError, TlsConnection, context_for
 from lclstreamer.handlers.wire import Address, Connection, WireError
 
 log = logging.getLogger("lclstreamer")
@@ -34,6 +35,8 @@ class BinaryDataStreamingDataHandler(Handler):
     def __init__(self, parameters: Any, context: HandlerContext) -> None:
         super().__init__(parameters, context)
         self._addresses = [Address.of(url) for url in parameters.urls]
+        files = parameters.tls
+        self._tls = None if files is None else context_for(files, server=parameters.role == "server")
         self._queue = MessageQueue(1 + len(self._addresses), context.stop)
         self._ending = threading.Event()
         self._lock = threading.Lock()
@@ -170,10 +173,13 @@ class BinaryDataStreamingDataHandler(Handler):
                 sock.settimeout(2.0)
                 try:
                     sock.connect(address.name)
-                    connection = Connection(sock, self.parameters.library, _HANDSHAKE_S)
+                    connection = self._connection(sock, address)
                 except BaseException:
                     sock.close()
                     raise
+            except RefusedError as error:
+                self._queue.fail(HandlerError(f"{address.url}: {error}"))
+                return
             except OSError as error:
                 self._last_error = error.strerror or str(error)
                 if isinstance(error, WireError):
@@ -193,16 +199,22 @@ class BinaryDataStreamingDataHandler(Handler):
                 continue
             except OSError:
                 return
-            self._start(self._greet, sock, f"{address.url} from {peer or 'a local process'}")
+            self._start(self._greet, sock, address, f"{address.url} from {peer or 'a local process'}")
 
-    def _greet(self, sock: socket.socket, where: str) -> None:
+    def _greet(self, sock: socket.socket, address: Address, where: str) -> None:
         try:
-            connection = Connection(sock, self.parameters.library, _HANDSHAKE_S)
+            connection = self._connection(sock, address)
         except OSError as error:
             self._last_error = str(error)
             log.warning("%s: %s", where, error)
             return
         self._serve(connection, where)
+
+    def _connection(self, sock: socket.socket, address: Address) -> Connection:
+        if self._tls is None or not address.tls:
+            return Connection(sock, self.parameters.library, _HANDSHAKE_S)
+        host = None if self.parameters.role == "server" else str(address.name[0])
+        return TlsConnection(sock, self.parameters.library, _HANDSHAKE_S, self._tls, host)
 
     def _serve(self, connection: Connection, where: str) -> None:
         """Send messages to one sink until it leaves or everything is over."""

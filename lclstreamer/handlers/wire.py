@@ -41,9 +41,14 @@ class Address:
     family: socket.AddressFamily
     name: tuple[str, int] | str
 
+    @property
+    def tls(self) -> bool:
+        """Whether the connection is encrypted."""
+        return self.url.startswith("tls+")
+
     @classmethod
     def of(cls, url: str) -> Address:
-        """Parse ``tcp://HOST:PORT`` or ``ipc:///PATH``; the host ``*`` means every interface."""
+        """Parse ``tcp://HOST:PORT``, ``tls+tcp://HOST:PORT`` or ``ipc:///PATH``; ``*`` means every interface."""
         scheme, _, rest = url.partition("://")
         if scheme == "ipc":
             return cls(url, socket.AF_UNIX, rest)
@@ -146,9 +151,8 @@ class Connection:
 
     def _read(self) -> None:
         while True:
-            try:
-                data = self._socket.recv(65536)
-            except BlockingIOError:
+            data = self._take()
+            if data is None:
                 return
             if not data:
                 raise ConnectionResetError("the peer has closed the connection")
@@ -160,6 +164,13 @@ class Connection:
                 if is_command and body[1 : 1 + body[0]] == b"PING":
                     # Not sent here: a message may be half written.
                     self._answers += _command(b"PONG", body[7:])
+
+    def _take(self) -> bytes | None:
+        """What has come, `None` when nothing has, empty at the end."""
+        try:
+            return self._socket.recv(65536)
+        except BlockingIOError:
+            return None
 
     def unconfirmed(self) -> int:
         """How many bytes the kernel holds that the other side's kernel has not acknowledged."""
