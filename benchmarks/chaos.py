@@ -1,7 +1,7 @@
-"""What survives when things are killed: ``python benchmarks/chaos.py arp --events 1000``.
+"""What survives when things are killed: ``python benchmarks/chaos.py transfers --trials 100``, ``… arp --events 1000``.
 
-Prints a table for people and, with ``--json FILE``, the same for programs. Ends with 1 when something was lost, or done
-twice.
+Prints a table for people and, with ``--json FILE``, the same for programs. Ends with 1 when something was lost, left
+behind, or done twice.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 #: Sub-command -> the module that does it (`add_arguments`, `main`), and the counts that must be zero.
 COMMANDS = {
     "arp": ("chaos_arp", ("lost", "duplicated")),
+    "transfers": ("chaos_transfers", ("leaked_ports", "leaked_jobs", "stuck", "wrong_end")),
 }
 
 
