@@ -1,4 +1,4 @@
-"""Put results where the experimenters look: onto the run in the logbook, the workflow's line there, and as a comment."""
+"""Put results where the experimenters look: onto the run in the logbook, its workflow's line there, or a comment."""
 
 from __future__ import annotations
 

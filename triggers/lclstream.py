@@ -1,4 +1,4 @@
-"""Waiting for a transfer: until its buffer can be pulled from, data flow, it fills, stands still, is empty, or all is done.
+"""Waiting for a transfer: until it can be pulled from, data flow, fill the buffer, stand still, are gone; for its end.
 
 Each look renews the transfer's lease: as long as somebody waits the transfer lives, and when Airflow is gone for good
 the transfer service ends it by itself.

@@ -12,6 +12,7 @@ may succeed later. :meth:`TransferClient.request` may be repeated safely when it
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -20,6 +21,7 @@ import httpx
 from pydantic import TypeAdapter
 
 from lclstream.api.models import JobState, Lease, TransferInfo, TransferPlan, TransferStatus
+from lclstream.jobs.tags import query
 from lclstream.security import http
 from lclstream.security.credentials import Credentials
 from lclstream.security.errors import ServiceError
@@ -45,6 +47,7 @@ class _Routes:
         idempotency_key: str | None,
         on_no_consumer: OnNoConsumer | None = None,
         dry_run: str | None = None,
+        labels: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
         parameters = {
             "lease_s": lease_s,
@@ -53,6 +56,7 @@ class _Routes:
             "buffers": buffers,
             "on_no_consumer": on_no_consumer,
             "dry_run": dry_run,
+            "tag": query(labels) if labels else None,
         }
         return {
             "method": "POST",
@@ -71,12 +75,15 @@ class _Routes:
     def cancel(self, transfer: int) -> dict[str, Any]:
         return {"method": "DELETE", "url": f"{self._path}/{transfer}"}
 
-    def list(self, index: int, limit: int | None, state: JobState | None, others: bool) -> dict[str, Any]:
+    def list(
+        self, index: int, limit: int | None, state: JobState | None, others: bool, labels: Mapping[str, str] | None
+    ) -> dict[str, Any]:
         parameters = {
             "index": index,
             "limit": limit,
             "state": None if state is None else state.value,
             "others": "true" if others else None,
+            "tag": query(labels) if labels else None,
         }
         return {
             "method": "GET",
@@ -141,6 +148,7 @@ class TransferClient:
         buffers: int | None = None,
         on_no_consumer: OnNoConsumer | None = None,
         idempotency_key: str | None = None,
+        tags: Mapping[str, str] | None = None,
     ) -> TransferStatus:
         """Ask for a transfer.
 
@@ -153,14 +161,16 @@ class TransferClient:
             on_no_consumer: what the buffer does while nobody pulls: `wait`, which holds up the engine when the memory
                 is full, or `spill`, which goes on into files and keeps what is left there; None: wait.
             idempotency_key: the same key again gives the same transfer, not a second one.
+            tags: names and values to find it by; the first request's stay.
 
         Raises:
             ServiceError: 422 names the wrong field; 409 the key was used for something else; 429 you have as
                 many transfers as you may have; 503 no port is free.
         """
-        return TransferStatus.model_validate(
-            self._call(self._routes.request(config, lease_s, ranks, name, buffers, idempotency_key, on_no_consumer))
+        document = self._call(
+            self._routes.request(config, lease_s, ranks, name, buffers, idempotency_key, on_no_consumer, labels=tags)
         )
+        return TransferStatus.model_validate(document)
 
     def plan(self, config: dict[str, Any], *, ranks: int | None = None, buffers: int | None = None) -> TransferPlan:
         """What :meth:`request` would start; nothing is started.
@@ -192,7 +202,13 @@ class TransferClient:
         self._call(self._routes.cancel(transfer))
 
     def list(
-        self, *, index: int = 0, limit: int | None = None, state: JobState | None = None, others: bool = False
+        self,
+        *,
+        index: int = 0,
+        limit: int | None = None,
+        state: JobState | None = None,
+        others: bool = False,
+        tags: Mapping[str, str] | None = None,
     ) -> list[TransferStatus]:
         """Our transfers, newest first.
 
@@ -201,8 +217,9 @@ class TransferClient:
             limit: how many at most; None: all.
             state: only those in this (compatible) state.
             others: also those of others that we may see: as a member of their experiment, or as an operator.
+            tags: only those that have all of these.
         """
-        return _STATUSES.validate_python(self._call(self._routes.list(index, limit, state, others)))
+        return _STATUSES.validate_python(self._call(self._routes.list(index, limit, state, others, tags)))
 
     def _call(self, request: dict[str, Any]) -> Any:
         with http.explained(self._routes.base_url):
@@ -247,10 +264,11 @@ class AsyncTransferClient:
         buffers: int | None = None,
         on_no_consumer: OnNoConsumer | None = None,
         idempotency_key: str | None = None,
+        tags: Mapping[str, str] | None = None,
     ) -> TransferStatus:
         """See :meth:`TransferClient.request`."""
         document = await self._call(
-            self._routes.request(config, lease_s, ranks, name, buffers, idempotency_key, on_no_consumer)
+            self._routes.request(config, lease_s, ranks, name, buffers, idempotency_key, on_no_consumer, labels=tags)
         )
         return TransferStatus.model_validate(document)
 
@@ -274,10 +292,16 @@ class AsyncTransferClient:
         await self._call(self._routes.cancel(transfer))
 
     async def list(
-        self, *, index: int = 0, limit: int | None = None, state: JobState | None = None, others: bool = False
+        self,
+        *,
+        index: int = 0,
+        limit: int | None = None,
+        state: JobState | None = None,
+        others: bool = False,
+        tags: Mapping[str, str] | None = None,
     ) -> list[TransferStatus]:
         """See :meth:`TransferClient.list`."""
-        return _STATUSES.validate_python(await self._call(self._routes.list(index, limit, state, others)))
+        return _STATUSES.validate_python(await self._call(self._routes.list(index, limit, state, others, tags)))
 
     async def _call(self, request: dict[str, Any]) -> Any:
         async with http.aexplained(self._routes.base_url):

@@ -125,6 +125,7 @@ class TransferStatus(BaseModel):
         phase: how far it is.
         lease_expires: when it is ended unless its lease is renewed, seconds since 1970; None without a lease.
         name: the name it was given.
+        tags: names and values it was given to find it by.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -140,6 +141,7 @@ class TransferStatus(BaseModel):
     lease_expires: float | None = None
     name: str = ""
     urls: list[str] = []
+    tags: dict[str, str] = {}
 
 
 class TransferInfo(BaseModel):
@@ -156,6 +158,7 @@ class TransferInfo(BaseModel):
         info: why it is in this phase, for people.
         lease_expires: when it is ended unless its lease is renewed, seconds since 1970; None without a lease.
         name: the name it was given.
+        tags: names and values it was given to find it by.
         urls: all addresses to pull from when it has several buffers.
         buffer: the buffer's last full status document; None until it answered once.
         buffers: those of all buffers when it has several.
@@ -175,6 +178,7 @@ class TransferInfo(BaseModel):
     lease_expires: float | None = None
     name: str = ""
     urls: list[str] = []
+    tags: dict[str, str] = {}
     buffer: dict[str, Any] | None = None
     buffers: list[dict[str, Any] | None] = []
     released: bool = False

@@ -45,6 +45,7 @@ from lclstream.api.store import (
 )
 from lclstream.api.supervisor import Supervisor
 from lclstream.api.tables import TransferRow
+from lclstream.jobs import tags
 from lclstream.jobs.client import AsyncJobClient
 from lclstream.jobs.models import Callback, Transition
 from lclstream.security.credentials import Credentials
@@ -167,11 +168,21 @@ async def _raw_body(request: Request) -> bytes:
     return bytes(body)
 
 
+def _tags(
+    tag: Annotated[list[str] | None, Query(description="NAME:VALUE; may be given several times")] = None,
+) -> dict[str, str]:
+    try:
+        return tags.read(tag or ())
+    except ValueError as error:
+        raise _wrong(("query", "tag"), str(error)) from error
+
+
 TheStore = Annotated[Store, Depends(_store)]
 TheConfig = Annotated[ApiConfig, Depends(_config)]
 TheRoles = Annotated[Roles, Depends(_roles)]
 TheSupervisor = Annotated[Supervisor, Depends(_supervisor)]
 RawBody = Annotated[bytes, Depends(_raw_body)]
+Tags = Annotated[dict[str, str], Depends(_tags)]
 
 
 def _body_of(schema: str) -> dict[str, Any]:
@@ -207,6 +218,7 @@ def request_transfer(
     store: TheStore,
     config: TheConfig,
     supervisor: TheSupervisor,
+    labels: Tags,
     lease_s: Annotated[
         float | None,
         Query(gt=0, allow_inf_nan=False, description="end it after that many seconds unless the lease is renewed"),
@@ -260,6 +272,7 @@ def request_transfer(
         experiment=plan.experiment_of(parameters),
         spill=on_no_consumer == "spill",
         quota=config.quota,
+        tags=labels,
     )
     if dry_run:
         return _plan(order, parameters, notes, store, config)
@@ -287,17 +300,21 @@ def list_transfers(
     caller: Owner,
     store: TheStore,
     roles: TheRoles,
+    labels: Tags,
     index: Annotated[int, Query(ge=0, le=_MAX_ID, description="how many of the newest to leave out")] = 0,
     limit: Annotated[int | None, Query(ge=0, le=_MAX_ID, description="how many to give")] = None,
     state: Annotated[JobState | None, Query(description="only those in this state")] = None,
     others: Annotated[bool, Query(description="also those of others that you may see")] = False,
 ) -> list[TransferStatus]:
-    """Your transfers, newest first; with `others` those of your experiments too, and an operator gets all."""
+    """Your transfers, newest first; with `others` those of your experiments too, and an operator gets all.
+
+    With `tag` only those that have all of these tags.
+    """
     person = Person.of(caller)
     owner = None if others and person in roles.operators else caller
     experiments = [name for name, members in roles.experiments.items() if others and person in members]
     states = states_seen_as(state)
-    rows = store.list(owner, index=index, limit=limit, states=states, experiments=experiments)
+    rows = store.list(owner, index=index, limit=limit, states=states, experiments=experiments, tags=labels)
     return [_status(row) for row in rows]
 
 
@@ -336,6 +353,7 @@ def get_transfer(
         info=row.info,
         lease_expires=row.lease_expires,
         name=row.name,
+        tags=row.tags,
         buffer=known[0] if known else None,
         buffers=documents if len(row.endpoints) > 1 else [],
         released=row.released,
@@ -499,6 +517,7 @@ def _status(row: TransferRow) -> TransferStatus:
         phase=phase,
         lease_expires=row.lease_expires,
         name=row.name,
+        tags=row.tags,
     )
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -81,6 +81,7 @@ class Order:
         experiment: the experiment whose data are wanted, if that is known.
         spill: whether its buffers keep in files what nobody pulls.
         quota: how much the owner may have at a time; None: as much as he likes.
+        tags: names and values to find it by.
     """
 
     owner: Identity
@@ -95,6 +96,7 @@ class Order:
     experiment: str | None = None
     spill: bool = False
     quota: QuotaConfig | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def sha256(self) -> str:
@@ -153,7 +155,7 @@ class Store:
                 return known, False
             chosen = self._free_ports(ports, 3 * order.buffers)
             try:
-                return self._insert(order, ports.host, chosen), True
+                return self._insert(order, ports, chosen), True
             except IntegrityError:
                 continue  # somebody else was quicker: with this key, or with one of these ports
         raise NoFreePortError(
@@ -192,13 +194,14 @@ class Store:
             f"and only {len(chosen)} others are free: wait until a transfer ends, or widen `ports` in the configuration"
         )
 
-    def _insert(self, order: Order, host: str, ports: Sequence[int]) -> TransferRow:
+    def _insert(self, order: Order, where: PortsConfig, ports: Sequence[int]) -> TransferRow:
         now = self.clock()
+        host = where.host
         named = f"[{host}]" if ":" in host else host
         endpoints = [
             {
-                "input": f"tcp://{named}:{first}",
-                "output": f"tcp://{named}:{second}",
+                "input": f"{where.scheme}://{named}:{first}",
+                "output": f"{where.scheme}://{named}:{second}",
                 "status": f"https://{named}:{third}",
             }
             for first, second, third in zip(ports[0::3], ports[1::3], ports[2::3], strict=True)
@@ -215,6 +218,7 @@ class Store:
             producers=order.producers,
             endpoints=endpoints,
             spill=order.spill,
+            tags=dict(order.tags),
             state=INITIAL.state.value,
             info="requested",
             jobndx=0,
@@ -269,6 +273,7 @@ class Store:
         limit: int | None,
         states: Iterable[State],
         experiments: Iterable[str] = (),
+        tags: Mapping[str, str] | None = None,
     ) -> list[TransferRow]:
         """Transfers in one of these states, newest first, from the `index`-th on, at most `limit`.
 
@@ -278,6 +283,7 @@ class Store:
             limit: how many at most; None: all.
             states: in which states.
             experiments: experiments whose transfers are listed whoever owns them.
+            tags: only those that have all of these.
         """
         whose = (
             true()
@@ -287,11 +293,12 @@ class Store:
                 TransferRow.experiment.in_([*experiments]),
             )
         )
+        tagged = [TransferRow.tags[name].as_string() == value for name, value in (tags or {}).items()]
         with self._reading() as session:
             return [
                 *session.scalars(
                     select(TransferRow)
-                    .where(whose, TransferRow.state.in_([state.value for state in states]))
+                    .where(whose, TransferRow.state.in_([state.value for state in states]), *tagged)
                     .order_by(TransferRow.id.desc())
                     .offset(index)
                     .limit(limit)

@@ -31,6 +31,7 @@ class TransferRow(Base):
         producers: ranks that send.
         endpoints: for each buffer its `input`, `output` and `status` URL.
         spill: whether its buffers keep in files what nobody pulls.
+        tags: names and values to find it by.
         state: a :class:`.State`.
         info: why it is in this state.
         jobndx: index of the job the last change came from.
@@ -57,6 +58,7 @@ class TransferRow(Base):
     producers: Mapped[int] = mapped_column(Integer)
     endpoints: Mapped[list[dict[str, str]]] = mapped_column(JSON)
     spill: Mapped[bool] = mapped_column(default=False, server_default=false())
+    tags: Mapped[dict[str, str]] = mapped_column(JSON, default=dict, server_default="{}")
     state: Mapped[str] = mapped_column(String(32), index=True)
     info: Mapped[str] = mapped_column(Text)
     jobndx: Mapped[int] = mapped_column(Integer, default=0)
