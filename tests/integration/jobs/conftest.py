@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import getpass
 import itertools
 import json
-import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +30,8 @@ from lclstream.security.credentials import Credentials
 from lclstream.security.errors import UnreachableError
 from lclstream.security.identity import Identity
 from lclstream.security.server import server_for
+
+_BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
 
 
 class Child:
@@ -253,100 +251,16 @@ def receiver(sites: dict[str, SiteAuthority], free_port: Callable[[], int]) -> I
     assert not thread.is_alive()
 
 
-_SLURM_PROGRAMS = ("sbatch", "squeue", "scancel", "scontrol", "sinfo", "slurmctld", "slurmd", "munged")
-_SLURM_CONF = """
-ClusterName=test
-SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={ports[0]}
-SlurmdPort={ports[1]}
-AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
-CredType=cred/munge
-SlurmUser={user}
-SlurmdUser={user}
-StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
-SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
-SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/none
-SwitchType=switch/none
-MpiDefault=none
-ReturnToService=2
-SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
-SchedulerType=sched/backfill
-SchedulerParameters=sched_interval=1,bf_interval=5
-KillWait=5
-NodeName={host} NodeAddr=127.0.0.1 CPUs={cores} State=UNKNOWN
-PartitionName=debug Nodes={host} Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:8
-"""
-
-
-def _slurm_path() -> str:
-    # Debian installs the daemons where an ordinary user's PATH does not look.
-    return os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/usr/local/sbin", "/sbin"])
-
-
-def _stop_slurm(folder: Path) -> None:
-    """Stop the daemons by the ids in their own files, and wait until each has gone."""
-    for name in ("slurmd", "slurmctld", "munged"):
-        try:
-            process = psutil.Process(int((folder / f"{name}.pid").read_text()))
-            process.terminate()
-            process.wait(20)
-        except (OSError, ValueError, psutil.NoSuchProcess):
-            continue
-        except psutil.TimeoutExpired:
-            process.kill()
-
-
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[Path]:
-    """A real Slurm of one node with folder, keys and ports of its own; its configuration file for ``SLURM_CONF``."""
-    missing = [name for name in _SLURM_PROGRAMS if shutil.which(name, path=_slurm_path()) is None]
-    if missing:
-        pytest.skip(f"Slurm is not installed here (no {', '.join(missing)}): apt-get install slurm-wlm munge")
-    if os.geteuid() != 0:
-        pytest.skip("a Slurm node of one's own needs root here")
-    folder = Path(tempfile.mkdtemp(prefix="lclstream-slurm-"))
-    folder.chmod(0o755)
-    for name in ("state", "spool"):
-        (folder / name).mkdir()
-    configuration = folder / "slurm.conf"
-    host = socket.gethostname().split(".")[0]
-    configuration.write_text(
-        _SLURM_CONF.format(
-            host=host, ports=(_port(), _port()), folder=folder, user=getpass.getuser(), cores=os.cpu_count()
-        )
-    )
-    key = folder / "munge.key"
-    key.write_bytes(os.urandom(128))
-    key.chmod(0o600)
-    path = _slurm_path()
-    environment = {**os.environ, "PATH": path, "SLURM_CONF": str(configuration)}
-
-    def run(*command: str) -> str:
-        done = subprocess.run(
-            [shutil.which(command[0], path=path) or command[0], *command[1:]],
-            env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30, check=False,
-        )  # fmt: skip
-        return done.stdout.strip() if done.returncode == 0 else done.stderr.strip()
-
+    """A real Slurm of one node; its configuration file for ``SLURM_CONF``."""
+    sys.path.insert(0, str(_BENCHMARKS))
     try:
-        files = [f"--{option}={folder}/munge.{end}" for option, end in (("socket", "socket"), ("seed-file", "seed"))]
-        run("munged", f"--key-file={key}", f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munge.log", *files)
-        run("slurmctld", "-f", str(configuration))
-        run("slurmd", "-f", str(configuration), "-N", host)
-        deadline = time.monotonic() + 30
-        while (said := run("sinfo", "-h", "-o", "%t")) != "idle":
-            if time.monotonic() > deadline:
-                pytest.skip(f"Slurm does not start here: {said}")
-            time.sleep(0.1)
-        yield configuration
+        import slurm_site
     finally:
-        _stop_slurm(folder)
-        shutil.rmtree(folder, ignore_errors=True)
+        sys.path.remove(str(_BENCHMARKS))
+    try:
+        with slurm_site.Slurm() as cluster:
+            yield cluster.configuration
+    except slurm_site.NoSlurmError as error:
+        pytest.skip(str(error))
