@@ -7,9 +7,10 @@ from typing import Any
 
 from lclstream.jobs.client import AsyncJobClient, JobClient
 from lclstream.jobs.models import JobSpec, JobState, Transition
+from lclstream_airflow.hooks.patience import ServiceError
 from lclstream_airflow.hooks.service import ServiceHook
 
-__all__ = ["AsyncJobClient", "JobClient", "JobSpec", "JobState", "PsikHook", "Transition", "job_facts"]
+__all__ = ["AsyncJobClient", "JobClient", "JobSpec", "JobState", "PsikHook", "Transition", "has_no_lease", "job_facts"]
 
 
 class PsikHook(ServiceHook):
@@ -52,6 +53,15 @@ class PsikHook(ServiceHook):
         with self.get_conn() as client:
             backends = client.backends()
         return f"The job service at {self.endpoint().base_url} answers; its backends: {', '.join(sorted(backends))}."
+
+
+def has_no_lease(error: ServiceError) -> bool:
+    """Whether a renewal was refused because there is nothing to renew.
+
+    The job has ended or is not there, or the service knows no leases, as the published psik-api. Which of them it is,
+    the next question about the job tells.
+    """
+    return error.status in (404, 405, 409)
 
 
 def job_facts(job_id: str, history: list[Transition]) -> dict[str, Any]:

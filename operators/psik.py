@@ -10,10 +10,11 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lclstream_airflow.hooks.patience import ServiceError, insist
-from lclstream_airflow.hooks.psik import JobClient, JobSpec, JobState, PsikHook
+from lclstream_airflow.hooks.psik import JobClient, JobSpec, JobState, PsikHook, has_no_lease
 from lclstream_airflow.links import JobLink
 from lclstream_airflow.operators.documents import DocumentError, load_document
 from lclstream_airflow.operators.remote import START_PATIENCE_S, Progress, Remote, RemoteWorkOperator
+from lclstream_airflow.triggers.polling import OnKill
 from lclstream_airflow.triggers.psik import PsikJobTrigger
 
 if TYPE_CHECKING:
@@ -44,6 +45,9 @@ class PsikOperator(RemoteWorkOperator):
     :param output_files: patterns such as ``*.png`` of files in the job's folder to keep
     :param output_folder: where on the worker they are kept; needed with `output_files`
     :param follow_log: copy what the job prints into the task's log while it runs (our job service only)
+    :param lease_s: the service ends the job when nobody has renewed its lease for that long, in seconds; the wait
+        renews it. None, and with ``on_kill_policy="leave"``: no lease, so that only its own longest run time ends the
+        job when Airflow is gone. The published psik-api knows no leases: there that holds in any case
     :param psik_conn_id: connection of type `psik`
 
     Further arguments: see :class:`.RemoteWorkOperator`. The job's longest run time is part of its specification
@@ -58,6 +62,7 @@ class PsikOperator(RemoteWorkOperator):
         "result_file",
         "output_files",
         "output_folder",
+        "lease_s",
         "psik_conn_id",
     )
     template_fields_renderers: ClassVar[dict[str, str]] = {"job": "yaml", "values": "json", "environment": "json"}
@@ -75,6 +80,7 @@ class PsikOperator(RemoteWorkOperator):
         output_files: Sequence[str] = (),
         output_folder: str | None = None,
         follow_log: bool = True,
+        lease_s: float | str | None = 300.0,
         psik_conn_id: str = PsikHook.default_conn_name,
         **kwargs: Any,
     ) -> None:
@@ -87,6 +93,7 @@ class PsikOperator(RemoteWorkOperator):
         self.output_files = output_files
         self.output_folder = output_folder
         self.follow_log = follow_log
+        self.lease_s = lease_s
         self.psik_conn_id = psik_conn_id
         self._hook: PsikHook | None = None
         self._spec: JobSpec | None = None
@@ -117,13 +124,14 @@ class PsikOperator(RemoteWorkOperator):
         assert self._spec is not None
         with self.hook.get_conn() as client:
             if not self._uploads:
-                job_id = client.submit(self._spec, idempotency_key=key)
+                job_id = client.submit(self._spec, idempotency_key=key, lease_s=self._lease())
                 return Remote(job_id, _progress(client.state(job_id)))
-            job_id = client.create(self._spec, idempotency_key=key)
+            job_id = client.create(self._spec, idempotency_key=key, lease_s=self._lease())
             state = client.state(job_id)
             if state is JobState.new:
                 for name, data in self._uploads.items():
                     client.upload(job_id, name, data)
+                    self._renew(client, job_id)
                 client.start(job_id)
                 state = client.state(job_id)
             return Remote(job_id, _progress(state))
@@ -149,6 +157,7 @@ class PsikOperator(RemoteWorkOperator):
             remote_id=str(remote_id),
             deadline=deadline,
             follow_log=self.follow_log,
+            lease_s=self._lease(),
             poll_interval=self.poll_interval,
             patience_s=self.patience_s,
             on_kill_policy=self.on_kill_policy,
@@ -186,6 +195,21 @@ class PsikOperator(RemoteWorkOperator):
                 if lines:
                     return f"; its {name} ends with:\n" + "\n".join(lines[-_TAIL_LINES:])
         return ""
+
+    def _lease(self) -> float | None:
+        # Work that outlives its task must not depend on the task's renewals.
+        if self.on_kill_policy is OnKill.LEAVE or self.lease_s in (None, "", "None"):
+            return None
+        return float(self.lease_s or 0)
+
+    def _renew(self, client: JobClient, job_id: str) -> None:
+        if (lease_s := self._lease()) is None:
+            return
+        try:
+            client.renew(job_id, lease_s)
+        except ServiceError as error:
+            if not has_no_lease(error):
+                raise
 
     def _show_tail(self, client: JobClient, job_id: str) -> None:
         self._show(client.logs(job_id, offset=-_TAIL_BYTES))

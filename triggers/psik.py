@@ -1,17 +1,24 @@
-"""Waiting for a batch job, with what it prints shown in the task's log while it runs."""
+"""Waiting for a batch job, with what it prints shown in the task's log while it runs.
+
+The wait renews the job's lease: when nobody waits any more, the job service ends the job by itself.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import math
+import time
 from collections.abc import Callable
 from typing import Any
 
 from lclstream_airflow.hooks.patience import ServiceError
-from lclstream_airflow.hooks.psik import AsyncJobClient, JobState, PsikHook, Transition, job_facts
+from lclstream_airflow.hooks.psik import AsyncJobClient, JobState, PsikHook, Transition, has_no_lease, job_facts
 from lclstream_airflow.triggers.polling import PATIENCE_S, OnKill, PollingTrigger, WaitStatus, event
 
 #: Most bytes of one log that one look copies into the task's log.
 _PIECE = 16_384
+#: How often a lease is renewed while it lasts.
+_RENEWALS = 4
 
 
 def judge(job_id: str, history: list[Transition]) -> dict[str, Any] | None:
@@ -76,6 +83,8 @@ class PsikJobTrigger(PollingTrigger):
 
     :param follow_log: whether to copy what the job prints into the task's log while it runs (our job service only;
         the published psik-api cannot give pieces of a log)
+    :param lease_s: the wait moves the end of the job's lease to that many seconds from now, again and again; None: the
+        job has no lease, or somebody else keeps it
     """
 
     what = "job"
@@ -87,6 +96,7 @@ class PsikJobTrigger(PollingTrigger):
         remote_id: str,
         deadline: float,
         follow_log: bool = True,
+        lease_s: float | None = None,
         poll_interval: float = 2.0,
         patience_s: float = PATIENCE_S,
         on_kill_policy: str = OnKill.CANCEL,
@@ -100,20 +110,23 @@ class PsikJobTrigger(PollingTrigger):
             on_kill_policy=on_kill_policy,
         )
         self.follow_log = follow_log
+        self.lease_s = lease_s
+        self._renewed = -math.inf
         self._follower = LogFollower(str(remote_id), self.log.info)
         self._seen = 0
 
     def arguments(self) -> dict[str, Any]:
         """See :meth:`PollingTrigger.arguments`."""
-        return {**super().arguments(), "follow_log": self.follow_log}
+        return {**super().arguments(), "follow_log": self.follow_log, "lease_s": self.lease_s}
 
     async def connect(self) -> contextlib.AbstractAsyncContextManager[AsyncJobClient]:
         """A client of the job service."""
         return await PsikHook(self.conn_id).get_async_conn()
 
     async def look(self, client: AsyncJobClient) -> dict[str, Any] | None:
-        """Say what has changed, copy what the job has printed since, judge its history."""
+        """Renew the lease, say what has changed, copy what the job has printed since, judge its history."""
         job = str(self.remote_id)
+        await self._renew(client, job)
         history = await client.history(job)
         for step in history[self._seen :]:
             self.log.info("job %s is %s: %s", job, step.state.value, step.info)
@@ -123,6 +136,16 @@ class PsikJobTrigger(PollingTrigger):
         if self.follow_log and history:
             await self._follower.copy(client, history[-1].jobndx, ended=payload is not None)
         return payload
+
+    async def _renew(self, client: AsyncJobClient, job: str) -> None:
+        if self.lease_s is None or time.monotonic() - self._renewed < self.lease_s / _RENEWALS:
+            return
+        try:
+            await client.renew(job, self.lease_s)
+        except ServiceError as error:
+            if not has_no_lease(error):
+                raise
+        self._renewed = time.monotonic()
 
     async def cancel(self, client: AsyncJobClient) -> None:
         """Cancel the job."""

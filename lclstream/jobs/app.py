@@ -21,11 +21,21 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from lclstream import __version__
-from lclstream.jobs import confined
+from lclstream.jobs import confined, tags
 from lclstream.jobs.backends import RefusedError
 from lclstream.jobs.engine import ConflictError, Engine, NoSuchBackendError, NoSuchJobError
 from lclstream.jobs.job import Job
-from lclstream.jobs.models import JOB_ID, BackendInfo, Callback, FileStat, JobSpec, JobState, JobSummary
+from lclstream.jobs.models import (
+    JOB_ID,
+    BackendInfo,
+    Callback,
+    FileStat,
+    JobSpec,
+    JobState,
+    JobSummary,
+    Lease,
+    LeaseRequest,
+)
 from lclstream.security.identity import Identity
 from lclstream.security.roles import Action
 from lclstream.security.server import peer_identity
@@ -99,6 +109,20 @@ IdempotencyKey = Annotated[
     ),
 ]
 
+LeaseSeconds = Annotated[
+    float | None,
+    Query(gt=0, allow_inf_nan=False, description="end the job after that many seconds unless its lease is renewed"),
+]
+
+
+def _asked(
+    tag: Annotated[list[str] | None, Query(description="NAME:VALUE; may be given several times")] = None,
+) -> dict[str, str]:
+    return tags.read(tag or ())
+
+
+Tags = Annotated[dict[str, str], Depends(_asked)]
+
 router = APIRouter(responses=_ERRORS)
 
 
@@ -123,17 +147,28 @@ async def post_job(
     spec: JobSpec,
     caller: Caller,
     engine: Jobs,
+    labels: Tags,
     submit: Annotated[bool, Query(description="whether the job is started at once")] = True,
+    lease_s: LeaseSeconds = None,
     idempotency_key: IdempotencyKey = None,
 ) -> str:
     """Make a job, and start it unless `submit` is false. Returns its id."""
-    return (await engine.make(spec, caller, start=submit, idempotency_key=idempotency_key)).stamp
+    job = await engine.make(spec, caller, start=submit, idempotency_key=idempotency_key, lease_s=lease_s, tags=labels)
+    return job.stamp
 
 
 @router.post("/jobs/new", tags=["jobs"])
-async def new_job(spec: JobSpec, caller: Caller, engine: Jobs, idempotency_key: IdempotencyKey = None) -> str:
+async def new_job(
+    spec: JobSpec,
+    caller: Caller,
+    engine: Jobs,
+    labels: Tags,
+    lease_s: LeaseSeconds = None,
+    idempotency_key: IdempotencyKey = None,
+) -> str:
     """Make a job without starting it. Returns its id."""
-    return (await engine.make(spec, caller, start=False, idempotency_key=idempotency_key)).stamp
+    job = await engine.make(spec, caller, start=False, idempotency_key=idempotency_key, lease_s=lease_s, tags=labels)
+    return job.stamp
 
 
 @router.post("/jobs/callback", tags=["jobs"])
@@ -154,17 +189,23 @@ async def callback(
 async def get_jobs(
     caller: Caller,
     engine: Jobs,
+    labels: Tags,
     index: Annotated[int, Query(ge=0, description="how many of the newest to skip")] = 0,
     limit: Annotated[int | None, Query(ge=0, description="how many to return at most")] = None,
     backend: Annotated[str | None, Query(description="only jobs of this backend")] = None,
     state: Annotated[JobState | None, Query(description="only jobs in this state")] = None,
     others: Annotated[bool, Query(description="also those of others that you may see")] = False,
 ) -> list[JobSummary]:
-    """The caller's jobs, newest first, each with its latest transition; with `others` an operator gets all."""
+    """The caller's jobs, newest first, each with its latest transition; with `others` an operator gets all.
+
+    With `tag` only those that have all of these tags.
+    """
     jobs = [
         job
         for job in engine.jobs(caller, others=others)
-        if (backend is None or job.backend == backend) and (state is None or job.state is state)
+        if (backend is None or job.backend == backend)
+        and (state is None or job.state is state)
+        and tags.match(job.tags, labels)
     ]
     return [job.summary() for job in jobs[index : None if limit is None else index + limit]]
 
@@ -173,6 +214,12 @@ async def get_jobs(
 async def start_job(job: ChangedJob, engine: Jobs) -> None:
     """Start a job that was made without; without effect when it was started already."""
     engine.start_job(job)
+
+
+@router.post("/jobs/{jobid}/lease", tags=["jobs"])
+async def renew_lease(job: ChangedJob, lease: LeaseRequest, engine: Jobs) -> Lease:
+    """Let the job's lease end `lease_s` seconds from now; a job without a lease gets one."""
+    return Lease(lease_expires=engine.renew(job, lease.lease_s))
 
 
 @router.get("/jobs/{jobid}", tags=["jobs"])

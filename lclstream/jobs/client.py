@@ -17,7 +17,18 @@ from urllib.parse import quote
 import httpx
 from pydantic import TypeAdapter
 
-from lclstream.jobs.models import JOB_ID, BackendInfo, FileStat, JobSpec, JobState, JobSummary, LogPart, Transition
+from lclstream.jobs.models import (
+    JOB_ID,
+    BackendInfo,
+    FileStat,
+    JobSpec,
+    JobState,
+    JobSummary,
+    Lease,
+    LogPart,
+    Transition,
+)
+from lclstream.jobs.tags import query
 from lclstream.security.credentials import Credentials
 from lclstream.security.http import TIMEOUT_S, aexplained, async_client, client, explained
 
@@ -27,6 +38,7 @@ _texts = TypeAdapter(dict[str, str])
 _backends = TypeAdapter(dict[str, BackendInfo])
 _state = TypeAdapter(JobState)
 _id = TypeAdapter(str)
+_lease = TypeAdapter(Lease)
 
 
 @dataclass(frozen=True)
@@ -35,7 +47,7 @@ class _Call:
 
     method: str
     path: str
-    params: dict[str, str] = field(default_factory=dict)
+    params: Mapping[str, str | list[str]] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)
     json: Any = None
     files: list[tuple[str, tuple[str, bytes, str]]] | None = None
@@ -61,19 +73,41 @@ def _files_in(jobid: str, folder: str) -> str:
     return _job(jobid, f"/files/{quote(folder)}" if folder else "/files")
 
 
-def _submission(spec: JobSpec | Mapping[str, Any], *, submit: bool, idempotency_key: str | None) -> _Call:
+def _submission(
+    spec: JobSpec | Mapping[str, Any],
+    *,
+    submit: bool,
+    idempotency_key: str | None,
+    lease_s: float | None,
+    tags: Mapping[str, str] | None,
+) -> _Call:
     checked = spec if isinstance(spec, JobSpec) else JobSpec.model_validate(spec)
     headers = {} if idempotency_key is None else {"Idempotency-Key": idempotency_key}
-    params = {} if submit else {"submit": "false"}
+    params: dict[str, str | list[str]] = {} if submit else {"submit": "false"}
+    if lease_s is not None:
+        params["lease_s"] = repr(lease_s)
+    if tags:
+        params["tag"] = query(tags)
     return _Call("POST", "/jobs", params=params, headers=headers, json=checked.document())
+
+
+def _renewal(jobid: str, lease_s: float) -> _Call:
+    return _Call("POST", _job(jobid, "/lease"), json={"lease_s": lease_s})
 
 
 def _upload(jobid: str, name: str, data: bytes) -> _Call:
     return _Call("POST", _job(jobid, "/files"), files=[("files", (name, data, "application/octet-stream"))])
 
 
-def _listing(index: int, limit: int | None, state: JobState | None, backend: str | None, others: bool) -> _Call:
-    params = {"index": str(index)}
+def _listing(
+    index: int,
+    limit: int | None,
+    state: JobState | None,
+    backend: str | None,
+    others: bool,
+    tags: Mapping[str, str] | None,
+) -> _Call:
+    params: dict[str, str | list[str]] = {"index": str(index)}
     if limit is not None:
         params["limit"] = str(limit)
     if state is not None:
@@ -82,6 +116,8 @@ def _listing(index: int, limit: int | None, state: JobState | None, backend: str
         params["backend"] = backend
     if others:
         params["others"] = "true"
+    if tags:
+        params["tag"] = query(tags)
     return _Call("GET", "/jobs", params=params)
 
 
@@ -133,18 +169,46 @@ class JobClient:
         with explained(self.url):
             return self._http.request(**call.request(self._prefix)).raise_for_status()
 
-    def submit(self, spec: JobSpec | Mapping[str, Any], *, idempotency_key: str | None = None) -> str:
+    def submit(
+        self,
+        spec: JobSpec | Mapping[str, Any],
+        *,
+        idempotency_key: str | None = None,
+        lease_s: float | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> str:
         """Make a job and start it; returns its id.
 
         Args:
             spec: the job.
             idempotency_key: the same key with the same specification gives the same job, however often it is sent.
+            lease_s: end the job after that many seconds, unless :meth:`renew` is called in time; None: no lease. The
+                published service knows no leases and takes no notice.
+            tags: names and values to find it by; the first submission's stay. The published service drops them.
         """
-        return _id.validate_json(self._do(_submission(spec, submit=True, idempotency_key=idempotency_key)).content)
+        call = _submission(spec, submit=True, idempotency_key=idempotency_key, lease_s=lease_s, tags=tags)
+        return _id.validate_json(self._do(call).content)
 
-    def create(self, spec: JobSpec | Mapping[str, Any], *, idempotency_key: str | None = None) -> str:
+    def create(
+        self,
+        spec: JobSpec | Mapping[str, Any],
+        *,
+        idempotency_key: str | None = None,
+        lease_s: float | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> str:
         """Make a job without starting it, so that files can be uploaded first; returns its id."""
-        return _id.validate_json(self._do(_submission(spec, submit=False, idempotency_key=idempotency_key)).content)
+        call = _submission(spec, submit=False, idempotency_key=idempotency_key, lease_s=lease_s, tags=tags)
+        return _id.validate_json(self._do(call).content)
+
+    def renew(self, jobid: str, lease_s: float) -> float:
+        """Let the job's lease end `lease_s` seconds from now, and return when that is as unix time (our service only).
+
+        Raises:
+            ServiceError: `status` 409 for a job that has ended or is being cancelled; 404 for one that is not there,
+                and for every job of the published service.
+        """
+        return _lease.validate_json(self._do(_renewal(jobid, lease_s)).content).lease_expires
 
     def start(self, jobid: str) -> None:
         """Start a job made by :meth:`create`; without effect when it was started already."""
@@ -171,6 +235,7 @@ class JobClient:
         state: JobState | None = None,
         backend: str | None = None,
         others: bool = False,
+        tags: Mapping[str, str] | None = None,
     ) -> list[JobSummary]:
         """Our jobs, newest first.
 
@@ -180,8 +245,9 @@ class JobClient:
             state: only jobs in this state.
             backend: only jobs of this backend.
             others: also other people's, where we may see them (our service only).
+            tags: only those that have all of these (our service only: another one's jobs have none).
         """
-        return _summaries.validate_json(self._do(_listing(index, limit, state, backend, others)).content)
+        return _summaries.validate_json(self._do(_listing(index, limit, state, backend, others, tags)).content)
 
     def upload(self, jobid: str, name: str, data: bytes) -> None:
         """Put a file into the folder the job's script runs in; folders in `name` are made."""
@@ -252,15 +318,33 @@ class AsyncJobClient:
         async with aexplained(self.url):
             return (await self._http.request(**call.request(self._prefix))).raise_for_status()
 
-    async def submit(self, spec: JobSpec | Mapping[str, Any], *, idempotency_key: str | None = None) -> str:
+    async def submit(
+        self,
+        spec: JobSpec | Mapping[str, Any],
+        *,
+        idempotency_key: str | None = None,
+        lease_s: float | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> str:
         """See :meth:`JobClient.submit`."""
-        call = _submission(spec, submit=True, idempotency_key=idempotency_key)
+        call = _submission(spec, submit=True, idempotency_key=idempotency_key, lease_s=lease_s, tags=tags)
         return _id.validate_json((await self._do(call)).content)
 
-    async def create(self, spec: JobSpec | Mapping[str, Any], *, idempotency_key: str | None = None) -> str:
+    async def create(
+        self,
+        spec: JobSpec | Mapping[str, Any],
+        *,
+        idempotency_key: str | None = None,
+        lease_s: float | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> str:
         """See :meth:`JobClient.create`."""
-        call = _submission(spec, submit=False, idempotency_key=idempotency_key)
+        call = _submission(spec, submit=False, idempotency_key=idempotency_key, lease_s=lease_s, tags=tags)
         return _id.validate_json((await self._do(call)).content)
+
+    async def renew(self, jobid: str, lease_s: float) -> float:
+        """See :meth:`JobClient.renew`."""
+        return _lease.validate_json((await self._do(_renewal(jobid, lease_s))).content).lease_expires
 
     async def start(self, jobid: str) -> None:
         """See :meth:`JobClient.start`."""
@@ -287,9 +371,10 @@ class AsyncJobClient:
         state: JobState | None = None,
         backend: str | None = None,
         others: bool = False,
+        tags: Mapping[str, str] | None = None,
     ) -> list[JobSummary]:
         """See :meth:`JobClient.list`."""
-        return _summaries.validate_json((await self._do(_listing(index, limit, state, backend, others))).content)
+        return _summaries.validate_json((await self._do(_listing(index, limit, state, backend, others, tags))).content)
 
     async def upload(self, jobid: str, name: str, data: bytes) -> None:
         """See :meth:`JobClient.upload`."""

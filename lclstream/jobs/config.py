@@ -240,6 +240,7 @@ class JobsConfig(_Model):
             :mod:`lclstream.security.roles`); none by default.
         cancel_jobs_on_exit: whether stopping the service ends its jobs. By default they keep running, and the service
             finds them when it starts again.
+        max_lease_s: longest lease of a job, in seconds.
         limits: how much, how long and how often a user may ask.
         access_log: file for the access log, one JSON object a line; among the other log lines by default.
     """
@@ -252,6 +253,7 @@ class JobsConfig(_Model):
     directories: list[Path] = []
     roles: Path | None = None
     cancel_jobs_on_exit: bool = False
+    max_lease_s: float = Field(default=86400.0, gt=0, allow_inf_nan=False)
     limits: JobLimits = JobLimits()
     access_log: Path | None = None
 

@@ -8,13 +8,14 @@ bell. So there is nothing to lock, and nothing is lost when the service is kille
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import fcntl
 import hashlib
 import json
 import logging
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from lclstream.jobs import folders
@@ -27,6 +28,7 @@ from lclstream.jobs.config import LocalBackend as LocalConfig
 from lclstream.jobs.config import PsikBackend as PsikConfig
 from lclstream.jobs.config import SlurmBackend as SlurmConfig
 from lclstream.jobs.job import Job
+from lclstream.jobs.leases import Leases
 from lclstream.jobs.machine import Fact, Report, advance
 from lclstream.jobs.models import BackendInfo, Callback, JobSpec, JobState, Transition
 from lclstream.jobs.outbox import Outbox
@@ -95,6 +97,8 @@ class Engine:
         self._backends = {name: _backend(settings, credentials) for name, settings in config.backends.items()}
         self._followers: dict[str, asyncio.Task[None]] = {}
         self._making = asyncio.Lock()
+        self._leases = Leases(self._lease_expired)
+        self._lease_watch: asyncio.Task[None] | None = None
 
     # --- life of the service
 
@@ -117,16 +121,22 @@ class Engine:
         log.info("%s: %d jobs, %d of them not ended", self.prefix, len(self._jobs), len(live))
         for job in live:
             self._follow(job)
+        for job in self._jobs.values():
+            if job.lease_s is not None and not job.is_final and not job.cancel_requested:
+                self._leases.renew(job.stamp, job.lease_s)
+        self._lease_watch = asyncio.create_task(self._leases.watch(), name="leases of jobs")
 
     async def stop(self) -> None:
         """Stop following. Jobs keep running, unless the configuration says that they end with the service."""
         if self.config.cancel_jobs_on_exit:
             await self._cancel_all()
             await self._outbox.flush(_LAST_CALLBACKS_WITHIN_S)
-        followers = list(self._followers.values())
-        for follower in followers:
-            follower.cancel()
-        await asyncio.gather(*followers, return_exceptions=True)
+        tasks = list(self._followers.values())
+        if self._lease_watch is not None:
+            tasks.append(self._lease_watch)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         for backend in self._backends.values():
             await backend.close()
         await self._outbox.close()
@@ -145,7 +155,16 @@ class Engine:
 
     # --- requests
 
-    async def make(self, spec: JobSpec, owner: Identity, *, start: bool, idempotency_key: str | None = None) -> Job:
+    async def make(
+        self,
+        spec: JobSpec,
+        owner: Identity,
+        *,
+        start: bool,
+        idempotency_key: str | None = None,
+        lease_s: float | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> Job:
         """Make a job.
 
         Args:
@@ -153,14 +172,18 @@ class Engine:
             owner: whose it is.
             start: whether it is started at once.
             idempotency_key: the same key with the same job gives the job made the first time.
+            lease_s: seconds the job lives without a renewal of its lease; None: it gets none. For the job made the
+                first time it is a renewal.
+            tags: names and values to find it by; those given the first time stay.
 
         Raises:
             NoSuchBackendError: the specification names a backend that is not configured.
             RefusedError: an attribute, directory or callback is not allowed.
-            ValueError: a resource cannot be given.
+            ValueError: a resource or lease cannot be given.
             ConflictError: the key was used for another job.
             OSError: the folder cannot be written.
         """
+        self._check_lease(lease_s)
         digest = _digest(spec)
         key = (owner.login, owner.issuer, idempotency_key) if idempotency_key is not None else None
         async with self._making:
@@ -180,12 +203,23 @@ class Engine:
                     request_sha256=digest,
                     backend=backend.psik_backend(),
                     start=start,
+                    lease_s=lease_s,
+                    tags=tags,
                 )
                 job = Job.load(folder)
                 self._know(job, folder.notes())
+            if lease_s is not None and not job.is_final and not job.cancel_requested:
+                self.renew(job, lease_s)
         if start:
             self.start_job(job)
         return job
+
+    def _check_lease(self, lease_s: float | None) -> None:
+        if lease_s is not None and lease_s > self.config.max_lease_s:
+            raise ValueError(
+                f"lease_s: {lease_s:g} s, and this service gives {self.config.max_lease_s:g} at most (`max_lease_s`): "
+                "ask for less, and renew it"
+            )
 
     def _check(self, spec: JobSpec) -> Backend:
         backend = self._backends.get(spec.backend)
@@ -221,14 +255,52 @@ class Engine:
         if not job.is_final:
             self._follow(job)
 
-    def cancel(self, job: Job) -> None:
-        """Have a job ended; without effect on one that has ended."""
+    def cancel(self, job: Job, reason: str = "") -> None:
+        """Have a job ended; without effect on one that has ended.
+
+        Args:
+            job: the job.
+            reason: for its history, when this is not its owner's wish.
+        """
         if job.is_final:
             return
         if not job.cancel_requested:
-            job.folder.request_cancel()
-            job.cancel_requested = True
+            job.folder.request_cancel(reason)
+            job.cancel_requested, job.cancel_reason = True, reason
+        self._leases.drop(job.stamp)
         self._follow(job)
+
+    def renew(self, job: Job, lease_s: float) -> float:
+        """Let a job's lease end `lease_s` seconds from now; it gets one if it had none.
+
+        Returns:
+            When it ends, unix time.
+
+        Raises:
+            ValueError: the lease is longer than the configuration allows.
+            ConflictError: the job has ended, or is being ended.
+        """
+        self._check_lease(lease_s)
+        if job.is_final:
+            raise ConflictError(f"job {job.stamp} has ended: it is {job.state}")
+        if job.cancel_requested:
+            why = f" ({job.cancel_reason})" if job.cancel_reason else ""
+            raise ConflictError(f"job {job.stamp} is being cancelled{why}")
+        if job.lease_s != lease_s:
+            job.folder.keep_lease(lease_s)
+            job.lease_s = lease_s
+        self._leases.renew(job.stamp, lease_s)
+        return time.time() + lease_s
+
+    def _lease_expired(self, stamp: str) -> None:
+        job = self._jobs[stamp]
+        log.warning("job %s is cancelled: its lease of %g s was not renewed in time", stamp, job.lease_s or 0)
+        try:
+            self.cancel(job, f"its lease of {job.lease_s:g} s was not renewed in time")
+        except OSError as error:
+            # The disk is full, perhaps: the job must end all the same, soon.
+            log.error("job %s cannot be cancelled, again soon: %s", stamp, error)
+            self._leases.renew(stamp, _RETRY_MOST_S)
 
     def told(self, callback: Callback, body: bytes, signature: str | None) -> bool:
         """Take a signed callback of another service as a reason to look after a job.
@@ -354,11 +426,15 @@ class Engine:
         """Put facts into the history: on disk first, then in memory, then to whoever is told."""
         added: list[Transition] = []
         for report in reports:
+            if report.fact is Fact.canceled and not report.info:
+                report = dataclasses.replace(report, info=job.cancel_reason)
             added += advance([*job.history, *added], report)
         if not added:
             return
         await asyncio.to_thread(job.folder.append, added)
         job.history.extend(added)
+        if job.is_final:
+            self._leases.drop(job.stamp)
         for line in added:
             log.info("job %s: attempt %d %s %s", job.stamp, line.jobndx, line.state.value, line.info)
         if job.has_callback:

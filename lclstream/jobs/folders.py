@@ -11,7 +11,8 @@
         log/stdout.1          output of the first attempt; stderr.1 beside it
         control/job.json      ours, mode 0600: owner, idempotency key, exact specification
         control/start         there once the job is to be started
-        control/cancel        there once the job is to be ended
+        control/cancel        there once the job is to be ended; holds the reason, when it is not its owner's wish
+        control/lease         seconds the job lives without a renewal of its lease; not there without a lease
         control/plan.json     ours, mode 0600: what the runner runs
         control/1/            what the runner of the first attempt wrote: see lclstream.jobs.runner
 
@@ -27,7 +28,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ class JobNotes(BaseModel):
         idempotency_key: key the job was submitted with.
         request_sha256: digest of what was submitted.
         spec: the specification as it was submitted, without its secret.
+        tags: names and values to find it by.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -60,6 +62,7 @@ class JobNotes(BaseModel):
     idempotency_key: str | None = None
     request_sha256: str
     spec: dict[str, Any]
+    tags: dict[str, str] = {}
 
 
 class JobFolder:
@@ -90,9 +93,38 @@ class JobFolder:
         """Ask for the start, so that even a restarted service knows."""
         (self.control / "start").touch()
 
-    def request_cancel(self) -> None:
-        """Ask for the end, so that even a restarted service knows."""
-        (self.control / "cancel").touch()
+    def request_cancel(self, reason: str = "") -> None:
+        """Ask for the end, so that even a restarted service knows; `reason` will be in the history."""
+        (self.control / "cancel").write_text(reason, encoding="utf-8")
+
+    @property
+    def cancel_reason(self) -> str:
+        """Why the end was asked for; empty when its owner wanted it, or nobody did."""
+        try:
+            return (self.control / "cancel").read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return ""
+
+    def keep_lease(self, lease_s: float) -> None:
+        """Write down how long the job lives without a renewal of its lease."""
+        temporary = self.control / ".lease"
+        _write(temporary, repr(lease_s))
+        temporary.replace(self.control / "lease")
+
+    @property
+    def lease_s(self) -> float | None:
+        """How long the job lives without a renewal of its lease, in seconds; None: it has no lease.
+
+        Raises:
+            DamagedJobError: it cannot be read.
+        """
+        path = self.control / "lease"
+        try:
+            return float(path.read_text())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise DamagedJobError(f"{path}: {error}") from error
 
     def attempt(self, jobndx: int) -> Path:
         """The control folder of one attempt."""
@@ -187,7 +219,7 @@ def find(prefix: Path) -> Iterator[JobFolder]:
 
 def make(
     prefix: Path, spec: JobSpec, *, login: str, issuer: str, idempotency_key: str | None, request_sha256: str,
-    backend: dict[str, Any], start: bool,
+    backend: dict[str, Any], start: bool, lease_s: float | None = None, tags: Mapping[str, str] | None = None,
 ) -> JobFolder:  # fmt: skip
     """Make a job's folder with the state `new`.
 
@@ -200,6 +232,8 @@ def make(
         request_sha256: digest of what was submitted.
         backend: what psik expects to know about the backend: ``type`` and others of its fields.
         start: whether it is to be started at once.
+        lease_s: seconds it lives without a renewal of its lease; None: no lease.
+        tags: names and values to find it by.
 
     Raises:
         OSError: the folder cannot be written.
@@ -215,10 +249,13 @@ def make(
         notes = JobNotes(
             login=login, issuer=issuer, idempotency_key=idempotency_key, request_sha256=request_sha256,
             spec={key: value for key, value in spec.document().items() if key not in ("cb_secret", "cb_headers")},
+            tags=dict(tags or {}),
         )  # fmt: skip
         _write(unfinished / "control" / "job.json", notes.model_dump_json())
         if start:
             (unfinished / "control" / "start").touch()
+        if lease_s is not None:
+            JobFolder(unfinished).keep_lease(lease_s)
         while True:
             path = prefix / f"{time.time():.3f}"
             directory = spec.directory or str(path / "work")

@@ -21,9 +21,12 @@ class Job:
         backend: name of its backend.
         directory: where its script runs; the root of its up- and downloads.
         has_callback: whether somebody is told about its states.
+        tags: names and values to find it by.
         history: its transitions, oldest first; only the engine's task for this job adds to it.
         start_requested: whether it is to be started.
         cancel_requested: whether it is to be ended.
+        cancel_reason: why, when that is not its owner's wish.
+        lease_s: seconds it lives without a renewal of its lease; None: it has no lease.
         bell: rung when the job is worth a look.
     """
 
@@ -34,9 +37,12 @@ class Job:
     backend: str
     directory: str
     has_callback: bool
+    tags: dict[str, str]
     history: list[Transition]
     start_requested: bool
     cancel_requested: bool
+    cancel_reason: str = ""
+    lease_s: float | None = None
     bell: asyncio.Event = field(default_factory=asyncio.Event)
 
     @classmethod
@@ -55,9 +61,12 @@ class Job:
             backend=spec.backend,
             directory=spec.directory or str(folder.path / "work"),
             has_callback=spec.callback is not None,
+            tags=notes.tags,
             history=folder.history(),
             start_requested=folder.start_requested,
             cancel_requested=folder.cancel_requested,
+            cancel_reason=folder.cancel_reason,
+            lease_s=folder.lease_s,
         )
 
     @property
@@ -110,5 +119,6 @@ class Job:
         """Its latest transition, or another one, as lists show it."""
         line = line or self.last
         return JobSummary(
-            jobid=self.stamp, name=self.name, updated=line.time, jobndx=line.jobndx, state=line.state, info=line.info
-        )
+            jobid=self.stamp, name=self.name, updated=line.time, jobndx=line.jobndx, state=line.state, info=line.info,
+            tags=self.tags,
+        )  # fmt: skip

@@ -183,6 +183,7 @@ class JobSummary(BaseModel):
         jobndx: which attempt to run it, from 1; 0 before the first.
         state: the state reached.
         info: see :class:`Transition`.
+        tags: what was put on it to find it again; empty at a published server.
     """
 
     jobid: str
@@ -191,6 +192,7 @@ class JobSummary(BaseModel):
     jobndx: int
     state: JobState
     info: Info = ""
+    tags: dict[str, str] = {}
 
     @property
     def transition(self) -> Transition:
@@ -212,6 +214,28 @@ class Callback(BaseModel):
     jobndx: int
     state: JobState
     info: Info = ""
+
+
+class LeaseRequest(BaseModel):
+    """Body of ``POST /jobs/{id}/lease``.
+
+    Attributes:
+        lease_s: seconds from now until the job is ended, unless its lease is renewed again.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    lease_s: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Lease(BaseModel):
+    """Its answer.
+
+    Attributes:
+        lease_expires: unix time, seconds.
+    """
+
+    lease_expires: float
 
 
 class FileStat(BaseModel):
