@@ -57,6 +57,8 @@ QUICK = {"transfers": 10, "jobs-local": 60, "jobs-slurm": 20, "restart": 200}
 #: Clients that submit jobs at the same time.
 CLIENTS = 16
 EVENTS, BATCH = 20, 2
+#: Idle connections that a service's HTTP client keeps to another service.
+KEPT = 20
 RESTARTS = 5
 #: Seconds within which everything must have ended.
 END_S = 900.0
@@ -102,15 +104,13 @@ def _left(site: Site, descriptors: tuple[int, int]) -> int:
 
     def open_more() -> int:
         now = (site.api_service.descriptors, site.jobs_service.descriptors)
-        # A connection between the two, or of our clients, may be kept a while.
-        return sum(max(0, after - before - 4) for after, before in zip(now, descriptors, strict=True))
+        return sum(max(0, after - before - KEPT) for after, before in zip(now, descriptors, strict=True))
 
     def count() -> int:
         ports = site.database.leased_ports() + site.listening_ports()
         return ports + site.living_jobs() + len(site.job_processes()) + len(site.left_files()) + open_more()
 
-    # Idle connections are closed after half a minute.
-    deadline = time.monotonic() + 45
+    deadline = time.monotonic() + 15
     while (left := count()) and time.monotonic() < deadline:
         time.sleep(0.5)
     if left:
