@@ -28,6 +28,9 @@ _COMMANDS = {
         "lclstream.api.cli", "app", "services", "Serve transfers: POST a configuration, get a URI to pull from."
     ),
     "jobs": _Command("lclstream.jobs.cli", "app", "services", "Serve batch jobs over REST, in Psi-k's formats."),
+    "superfacility": _Command(
+        "lclstream.superfacility.cli", "app", "services", "Stand in for NERSC's Superfacility API, on your own Slurm."
+    ),
     "elog": _Command("lclstream.elog.cli", "app", "services", "Serve a logbook that announces runs on Kafka."),
     "arp": _Command("lclstream.arp.cli", "app", "services", "Start Airflow DAG runs on the logbook's messages."),
     "backfill": _Command("lclstream.backfill.cli", "app", "services", "Process archived runs, one DAG run for each."),

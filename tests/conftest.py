@@ -138,3 +138,90 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Child]]:
     yield run
     for child in reversed(children):
         child.stop()
+
+
+class Superfacility:
+    """A Superfacility stand-in as a process, with one client and its user's folder."""
+
+    def __init__(self, folder: Path, machine: dict[str, object], env: dict[str, str]) -> None:
+        import yaml
+
+        from lclstream.superfacility.keys import make_client
+
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        self.url = f"http://127.0.0.1:{port}"
+        self.api_url = f"{self.url}/api/v1.2"
+        self.token_url = f"{self.url}/c2id/token"
+        self.client_id, self.key, public = make_client(folder / "keys", "airflow")
+        self.status = folder / "status.yaml"
+        self.home = folder / "files" / "ada"
+        config = {
+            "listen": {"port": port},
+            "state": str(folder / "state"),
+            "files": str(folder / "files"),
+            "machines": {"perlmutter": machine},
+            "clients": [{"id": self.client_id, "user": "ada", "public_key": str(public)}],
+            "projects": [{"name": "m1234", "description": "streams", "users": ["ada"]}],
+            "status": str(self.status),
+            "cancel_jobs_on_exit": True,
+        }
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        self._command = [
+            sys.executable, "-m", "lclstream.cli", "superfacility", "serve", "--config", str(folder / "config.yaml"),
+        ]  # fmt: skip
+        self._env, self._log = env, folder / "log"
+        self.child: Child | None = None
+        self.start()
+
+    def start(self) -> None:
+        self.child = Child(self._command, self._log, self._env, None)
+        port = int(self.url.rpartition(":")[2])
+
+        def answers() -> bool:
+            assert self.child is not None
+            assert self.child.process.poll() is None, self.child.output()
+            with socket.socket() as probe:
+                return probe.connect_ex(("127.0.0.1", port)) == 0
+
+        wait_until(answers, 60, "answer of the Superfacility stand-in")
+
+    def say(self, status: str, **more: object) -> None:
+        """How the machine stands from now on."""
+        import yaml
+
+        partial = self.status.with_suffix(".part")
+        partial.write_text(yaml.safe_dump({"perlmutter": {"status": status, **more}}))
+        partial.replace(self.status)
+
+    def stop(self) -> int:
+        assert self.child is not None
+        return self.child.stop(30)
+
+
+@pytest.fixture(scope="session")
+def make_superfacility(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Superfacility]]:
+    """``make_superfacility({"type": "local"}, env)`` starts a stand-in whose machine `perlmutter` is that backend."""
+    made: list[Superfacility] = []
+
+    def make(machine: dict[str, object], env: dict[str, str] | None = None) -> Superfacility:
+        made.append(Superfacility(tmp_path_factory.mktemp("superfacility"), machine, env or {}))
+        return made[-1]
+
+    yield make
+    for one in made:
+        assert one.stop() == 0, one.child and one.child.output()[-4000:]
+
+
+@pytest.fixture(scope="session")
+def shared_superfacility(make_superfacility: Callable[..., Superfacility]) -> Superfacility:
+    """One stand-in without a scheduler, for all tests that leave it as it is."""
+    return make_superfacility({"type": "local", "kill_grace_s": 0.5})
+
+
+@pytest.fixture
+def superfacility(shared_superfacility: Superfacility) -> Superfacility:
+    """The same, with its machine active."""
+    shared_superfacility.say("active")
+    return shared_superfacility
