@@ -36,8 +36,8 @@ def read(words: Iterable[str]) -> dict[str, str]:
         match = _TAG.fullmatch(word)
         if match is None or not _storable(word):
             raise ValueError(
-                f"tag {word[:80]!r} is not NAME:VALUE, a name of at most 64 letters, digits and `_.-` and a value of at "
-                "most 512 printable characters"
+                f"tag {word[:80]!r} is not NAME:VALUE: a name of at most 64 letters, digits and `_.-`, a value of "
+                "at most 512 printable characters"
             )
         tags[match[1]] = match[2]
     if len(tags) > MOST:
