@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any
 
 from lclstream.api.client import AsyncTransferClient, TransferClient
-from lclstream.api.models import TransferInfo, TransferPhase, TransferStatus
+from lclstream.api.models import JobState, TransferInfo, TransferPhase, TransferStatus
 from lclstream_airflow.hooks.service import ServiceHook
 
 __all__ = [
@@ -48,6 +49,19 @@ class LCLStreamHook(ServiceHook):
         return await asyncio.to_thread(
             AsyncTransferClient, endpoint.base_url, endpoint.credentials, prefix=endpoint.prefix
         )
+
+    def under_way(self, tags: Mapping[str, str]) -> list[TransferStatus]:
+        """Our transfers that have all of these tags and have not ended.
+
+        Raises:
+            PeerError: the service cannot be asked.
+        """
+        with self.get_conn() as client:
+            return [
+                one
+                for state in (JobState.new, JobState.queued, JobState.active)
+                for one in client.list(state=state, tags=tags)
+            ]
 
     def transfers_url(self) -> str:
         """The address of the list of our transfers."""

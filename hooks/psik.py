@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any
 
 from lclstream.jobs.client import AsyncJobClient, JobClient
-from lclstream.jobs.models import JobSpec, JobState, Transition
+from lclstream.jobs.models import JobSpec, JobState, JobSummary, Transition
 from lclstream_airflow.hooks.patience import ServiceError
 from lclstream_airflow.hooks.service import ServiceHook
 
@@ -39,6 +40,21 @@ class PsikHook(ServiceHook):
         endpoint = await self.aendpoint()
         # Certificates are read from disk, which may be a slow network file system.
         return await asyncio.to_thread(AsyncJobClient, endpoint.base_url, endpoint.credentials, prefix=endpoint.prefix)
+
+    def under_way(self, tags: Mapping[str, str]) -> list[JobSummary]:
+        """Our jobs that have all of these tags and have not ended; none at a published server, which knows no tags.
+
+        Raises:
+            PeerError: the service cannot be asked.
+        """
+        with self.get_conn() as client:
+            found = [
+                one
+                for state in (JobState.new, JobState.queued, JobState.active)
+                for one in client.list(state=state, tags=tags)
+            ]
+        # A server that does not know the parameter has answered with all jobs.
+        return [one for one in found if tags.items() <= one.tags.items()]
 
     def jobs_url(self) -> str:
         """The address of the list of our jobs."""

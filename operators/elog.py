@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 _RUN_LINK = RunLink()
 #: The run table shows a value in one cell.
 _LONGEST_TEXT = 1000
+#: What a template gives for something that is not there.
+_EMPTY = (None, "", "None")
 
 
 class ElogOperator(BaseOperator):
@@ -29,7 +31,7 @@ class ElogOperator(BaseOperator):
     the same text for the same run, is not written a second time. Returns the parameters as written.
 
     :param experiment: the experiment's name
-    :param run: the run's number
+    :param run: the run's number; only a comment may be without one, and belongs to the experiment then
     :param run_params: name → value. Nested objects become ``outer_inner``; lists and None are left out (the run table
         has one cell for a value), and long texts are cut
     :param only: names of the parameters to write, as a list or its JSON text; None or empty: all of them
@@ -67,7 +69,7 @@ class ElogOperator(BaseOperator):
         self,
         *,
         experiment: str,
-        run: int | str,
+        run: int | str | None = None,
         run_params: Mapping[str, Any] | XComArg | None = None,
         only: Sequence[str] | str | None = None,
         prefix: str = "",
@@ -101,11 +103,15 @@ class ElogOperator(BaseOperator):
             AirflowFailException: the logbook refuses, or an argument is wrong; trying again would not help.
             AirflowException: the logbook cannot be reached.
         """
+        if self._has_nothing_to_say():
+            self.log.info("Nothing is to be written")
+            return {}
         try:
             hook = ElogHook(self.elog_conn_id)
             parameters = self._parameters()
-            _RUN_LINK.record(context, hook.run_url(self.experiment, self.run))
-            insist(lambda: self._write(hook, parameters), limit_s=START_PATIENCE_S)
+            if not self._is_without_run():
+                _RUN_LINK.record(context, hook.run_url(self.experiment, self.run or ""))
+                insist(lambda: self._write(hook, parameters), limit_s=START_PATIENCE_S)
             if (self.comment or "").strip():
                 insist(lambda: self._say(hook), limit_s=START_PATIENCE_S)
         except (ElogError, ValueError) as error:
@@ -116,14 +122,22 @@ class ElogOperator(BaseOperator):
             raise AirflowException(str(error)) from error
         return parameters
 
+    def _has_nothing_to_say(self) -> bool:
+        return not (self.run_params or self.counters or self.status or (self.comment or "").strip())
+
+    def _is_without_run(self) -> bool:
+        only_a_comment = not (self.run_params or self.counters or self.status)
+        return self.run in _EMPTY and only_a_comment
+
     def _parameters(self) -> dict[str, Any]:
         if self.run_params is not None and not isinstance(self.run_params, Mapping):
             raise ValueError(
                 f"run_params is a {type(self.run_params).__name__}, not an object: hand over a task's output "
                 "(`XComArg(task, key='result')`), not its text"
             )
-        for name, value in {"experiment": self.experiment, "run": self.run}.items():
-            if value in (None, "", "None"):
+        needed = {"experiment": self.experiment} | ({} if self._is_without_run() else {"run": self.run})
+        for name, value in needed.items():
+            if value in _EMPTY:
                 raise ValueError(f"{name} is empty: it says where in the logbook to write")
         wanted = self._wanted()
         pairs = self._flat(self.run_params or {})
@@ -159,9 +173,9 @@ class ElogOperator(BaseOperator):
     def _write(self, hook: ElogHook, parameters: Mapping[str, Any]) -> None:
         with hook.get_conn() as client:
             if parameters:
-                client.add_run_params(self.experiment, parameters, run_number(self.run))
+                client.add_run_params(self.experiment, parameters, run_number(self.run or ""))
                 self.log.info("Run %s of %s: %d parameters written", self.run, self.experiment, len(parameters))
-            if self.job_id not in (None, "", "None") and (self.counters or self.status):
+            if self.job_id not in _EMPTY and (self.counters or self.status):
                 counters = [{"key": name, "value": value} for name, value in (self.counters or {}).items()]
                 client.update_workflow_job(
                     self.experiment, str(self.job_id), status=self.status or None, counters=counters or None
@@ -171,7 +185,7 @@ class ElogOperator(BaseOperator):
     def _say(self, hook: ElogHook) -> None:
         text = (self.comment or "").strip()
         tags = self.comment_tags.split() if isinstance(self.comment_tags, str) else list(self.comment_tags)
-        number = run_number(self.run)
+        number = None if self.run in _EMPTY else run_number(self.run or "")
         with hook.get_conn() as client:
             # An entry cannot be taken back, and the answer to an earlier try may have been lost.
             for entry in client.elog_entries(self.experiment):

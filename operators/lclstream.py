@@ -113,6 +113,7 @@ class LCLStreamTransferOperator(RemoteWorkOperator):
                 ranks=None if self.ranks in (None, "") else int(self.ranks or 0),
                 name=self._name,
                 idempotency_key=key,
+                tags=self.tags,
             )
         self._last = status
         return self._remote(status)

@@ -124,9 +124,9 @@ class PsikOperator(RemoteWorkOperator):
         assert self._spec is not None
         with self.hook.get_conn() as client:
             if not self._uploads:
-                job_id = client.submit(self._spec, idempotency_key=key, lease_s=self._lease())
+                job_id = client.submit(self._spec, idempotency_key=key, lease_s=self._lease(), tags=self.tags)
                 return Remote(job_id, _progress(client.state(job_id)))
-            job_id = client.create(self._spec, idempotency_key=key, lease_s=self._lease())
+            job_id = client.create(self._spec, idempotency_key=key, lease_s=self._lease(), tags=self.tags)
             state = client.state(job_id)
             if state is JobState.new:
                 for name, data in self._uploads.items():

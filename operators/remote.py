@@ -27,6 +27,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from airflow.sdk import BaseOperator
+from airflow.sdk.configuration import conf
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, TaskDeferralError, TaskDeferralTimeout
 
 from lclstream_airflow.hooks.patience import CredentialsError, PeerError, ServiceError, insist
@@ -84,6 +85,30 @@ def idempotency_key(context: Context) -> str:
     return key
 
 
+def installation() -> str:
+    """The name of this Airflow: what it calls itself in links (``[api] base_url``)."""
+    return str(conf.get("api", "base_url", fallback=None) or "http://localhost:8080")
+
+
+def work_tags(context: Context, policy: OnKill) -> dict[str, str]:
+    """What remote work carries so that the reconciler knows whose it is: installation, DAG, run, task, try, policy.
+
+    Empty when an id cannot be written as a tag: work under a changed name would look like nobody's, and be ended.
+    """
+    ti = context["ti"]
+    tags = {
+        "airflow": installation(),
+        "dag_id": ti.dag_id,
+        "run_id": ti.run_id,
+        "task_id": ti.task_id,
+        "try": str(ti.try_number),
+        "on_kill": policy.value,
+    }
+    if ti.map_index is not None and ti.map_index >= 0:
+        tags["map_index"] = str(ti.map_index)
+    return tags if all(value.isprintable() for value in tags.values()) else {}
+
+
 class RemoteWorkOperator(BaseOperator):
     """What the operators for transfers and jobs have in common.
 
@@ -122,6 +147,8 @@ class RemoteWorkOperator(BaseOperator):
         self.on_kill_policy = OnKill(on_kill_policy)
         self._key: str | None = None
         self._remote_id: str | int | None = None
+        #: What `start` puts on the work, where the service knows tags.
+        self.tags: dict[str, str] = {}
 
     @abstractmethod
     def prepare(self, context: Context) -> None:
@@ -167,6 +194,7 @@ class RemoteWorkOperator(BaseOperator):
             AirflowFailException: it would fail in the same way if it were tried again.
             AirflowException: it failed; `retries` may help.
         """
+        self.tags = work_tags(context, self.on_kill_policy)
         try:
             self.prepare(context)
             # Wrong arguments of the trigger must show before anything runs.

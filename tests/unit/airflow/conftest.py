@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import FastAPI, HTTPException, Query, Request, Response
 
 from lclstream.api.models import (
     CacheMetrics,
@@ -30,6 +30,7 @@ from lclstream.api.models import (
 from lclstream.elog.client import ElogClient
 from lclstream.elog.config import ElogConfig, KafkaConfig
 from lclstream.elog.service import create_app as create_elog
+from lclstream.jobs import tags
 from lclstream.jobs.client import JobClient
 from lclstream.security.credentials import Credentials
 from lclstream.security.server import server_for
@@ -54,12 +55,14 @@ class Scripted:
         self.producers = 0
         self.capacity_bytes: int | None = None
         self.calls: list[str] = []
+        self.tags: dict[str, str] = {}
         self.lease_s: list[float] = []
 
     def status(self) -> TransferStatus:
         return TransferStatus(
             time=time.time(), jobndx=1, state=self.phase.job_state, info=self.info, id=self.number,
             url=f"tcp://127.0.0.1:{9000 + self.number}", user="airflow", phase=self.phase,
+            tags=self.tags,
         )  # fmt: skip
 
     def document(self) -> TransferInfo:
@@ -117,7 +120,11 @@ class TransferService:
 
         @app.post("/v1/transfers")
         async def request(
-            request: Request, lease_s: float | None = None, ranks: int | None = None, name: str = ""
+            request: Request,
+            lease_s: float | None = None,
+            ranks: int | None = None,
+            name: str = "",
+            tag: Annotated[list[str] | None, Query()] = None,
         ) -> TransferStatus:
             if self.failures:
                 raise HTTPException(self.failures.pop(0), "scripted")
@@ -128,11 +135,18 @@ class TransferService:
                     if transfer.config != config:
                         raise HTTPException(409, "the key was used for another configuration")
                     return transfer.status()
-            return self.add(key, config).status()
+            made = self.add(key, config)
+            made.tags = tags.read(tag or ())
+            return made.status()
 
         @app.get("/v1/transfers")
-        def transfers(limit: int = 10) -> list[TransferStatus]:
-            return [transfer.status() for transfer in reversed(self.transfers.values())][:limit]
+        def transfers(
+            limit: int = 10, state: JobState | None = None, tag: Annotated[list[str] | None, Query()] = None
+        ) -> list[TransferStatus]:
+            found = [transfer.status() for transfer in reversed(self.transfers.values())]
+            wanted = tags.read(tag or ())
+            chosen = [one for one in found if state in (None, one.state) and tags.match(one.tags, wanted)]
+            return chosen[:limit]
 
         @app.get("/v1/transfers/{number}")
         def info(number: int) -> TransferInfo:

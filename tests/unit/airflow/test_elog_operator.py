@@ -87,11 +87,13 @@ def test_a_comment_is_written_once_however_often_the_task_runs(elog: ElogClient,
             comment_tags="DARK HITS",
         ).execute(context)
     operator(experiment="mfx105", run=run.num, comment="13 % hits", comment_tags=["HITS"]).execute(context)
-    first, second = elog.elog_entries("mfx105")
+    operator(experiment="mfx105", run="None", comment="the hutch is searched").execute(context)
+    first, second, third = elog.elog_entries("mfx105")
     assert (first.content.strip(), first.title, first.run_num, first.tags) == (
         "12 % hits", "LCLStream", run.num, ["DARK", "HITS"],
     )  # fmt: skip
     assert (second.content, second.title) == ("13 % hits", None)
+    assert (third.content, third.run_num) == ("the hutch is searched", None)
     assert elog.runs_with_tag("mfx105", "DARK") == [run.num]
 
 
@@ -105,7 +107,8 @@ def test_nothing_to_say_is_no_error(elog: ElogClient, context: dict[str, Any]) -
     [
         ({"run": 99, "run_params": {"a": 1}}, "99"),
         ({"run": None, "run_params": {"a": 1}}, "run is empty"),
-        ({"run": 1, "experiment": ""}, "experiment is empty"),
+        ({"run": 1, "experiment": "", "run_params": {"a": 1}}, "experiment is empty"),
+        ({"run": 1, "experiment": "None", "comment": "12 % hits"}, "experiment is empty"),
         ({"run": 1, "run_params": "{'a': 1}"}, "run_params is a str, not an object"),
     ],
 )
