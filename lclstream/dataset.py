@@ -44,6 +44,7 @@ import numpy.typing as npt
 import yaml
 
 from lclstream.client.batch import Batch, decode
+from lclstream.client.encryption import context_for
 from lclstream.client.errors import StreamError
 from lclstream.client.pulling import TIMEOUT_S, pull
 from lclstream.client.saving import write_whole
@@ -65,7 +66,7 @@ class StreamDataset:
         key: name of the cache. Default for a configuration: its SHA-256, so that another configuration never finds
             this data. A URL says nothing about the data behind it, so it needs a key.
         server: transfer service for a configuration.
-        credentials: folder of our certificate for that service.
+        credentials: folder of our certificate, for that service and for encrypted streams (``tls+tcp://``).
         library: protocol of the stream.
         timeout_s: longest silence of the stream, in seconds.
         ranks: MPI ranks of the engine; None: the service's default.
@@ -184,7 +185,9 @@ class StreamDataset:
 
     def _stream(self) -> Iterator[bytes]:
         if self._url is not None:
-            with pull(self._url, library=self._library, timeout_s=self._timeout_s) as puller:
+            folder = None if self._credentials is None else Path(self._credentials)
+            tls = context_for([self._url], folder, listen=False)
+            with pull(self._url, library=self._library, timeout_s=self._timeout_s, tls=tls) as puller:
                 yield from puller
             return
         from lclstream.api.client import TransferClient
@@ -196,7 +199,12 @@ class StreamDataset:
         with (
             TransferClient(self._server, self._credentials) as api,
             Transfer(
-                api, dict(self._config), ranks=self._ranks, library=self._library, timeout_s=self._timeout_s
+                api,
+                dict(self._config),
+                ranks=self._ranks,
+                library=self._library,
+                timeout_s=self._timeout_s,
+                credentials=self._credentials,
             ) as transfer,
         ):
             yield from transfer.messages()

@@ -249,6 +249,7 @@ def get_command(
                 library=library,
                 timeout_s=timeout,
                 connect_timeout_s=connect_timeout,
+                credentials=credentials,
                 interruptible=stopping.interruptible,
             ) as transfer,
         ):

@@ -50,7 +50,7 @@ def serve_api(
     from sqlalchemy.exc import ArgumentError, OperationalError
 
     from lclstream.api.config import ConfigError, load_config
-    from lclstream.api.launch import issuer_of_status_readers
+    from lclstream.api.launch import engine_certificates, issuer_of_status_readers
     from lclstream.api.service import create_app
     from lclstream.api.store import Store
     from lclstream.security.credentials import Credentials
@@ -76,6 +76,8 @@ def serve_api(
         )
         member = Credentials(settings.credentials)
         issuer_of_status_readers(settings.buffer, settings.buffer.credentials or settings.credentials)
+        if settings.ports.scheme == "tls+tcp":
+            engine_certificates(settings)
         store = Store(settings.database, settings.limit_s)
     except (ConfigError, CredentialsError, ArgumentError, ModuleNotFoundError, ValueError) as error:
         print(f"lclstream api: {error}", file=sys.stderr)

@@ -61,11 +61,13 @@ class PortsConfig(_Section):
         host: name or address of the machine the buffers run on, as consumers and the engine reach it.
         first: lowest port.
         last: highest port. The default range ends below the ports Linux takes for outgoing connections (32768 on).
+        scheme: ``tls+tcp``: events travel encrypted, and whoever sends or pulls them shows a certificate.
     """
 
     host: str = "127.0.0.1"
     first: PortNumber = 30001
     last: PortNumber = 32700
+    scheme: Literal["tcp", "tls+tcp"] = "tcp"
 
     @model_validator(mode="after")
     def _wide_enough(self) -> Self:
@@ -110,9 +112,11 @@ class BufferConfig(JobConfig):
         drain_s: how long a buffer that is cancelled goes on giving out what it holds; shorter than the time the job
             service leaves a cancelled job, so that the buffer can still write its last figures.
         sentinel: empty messages each ZeroMQ consumer gets at the end of the stream.
-        credentials: certificate folder of the buffer's status, on the machine it runs on; None: the service's own.
-        issuer: certificate of the authority that signed this service's certificate, which the status demands, on the
-            machine the buffer runs on; None: the only issuer in the folder's ``known_clients/``, or ``org.crt``.
+        credentials: certificate folder of the buffer, on the machine it runs on; None: the service's own.
+        issuer: certificates (PEM) of the authorities whose members the buffer serves, on the machine it runs on: the
+            one that signed this service's certificate, with which the status is read, and, with encrypted data
+            sockets, those of the engine and of everybody who may pull; None: the only issuer in the folder's
+            ``known_clients/``, or ``org.crt``.
         max_per_transfer: the most buffers one transfer may have, for more bandwidth.
         spill: folder on the buffers' machine in which transfers that ask for it keep what nobody pulls, each in a
             folder of its own; None: that is not offered.
@@ -153,6 +157,10 @@ class EngineConfig(JobConfig):
         patience_s: how long the engine bears a full buffer, because nobody pulls, before it fails.
         nodes: nodes the ranks are spread over.
         cpu_cores_per_rank: cores for each rank.
+        credentials: with encrypted data sockets, the engine's certificate folder on the machine it runs on; None: the
+            buffer's.
+        issuer: with encrypted data sockets, certificate of the authority that signed the buffer's, on the machine the
+            engine runs on; None: the only issuer in the folder's ``known_servers/``, or ``org.crt``.
         script: the job script; the engine's configuration lies beside it as ``{config}``.
     """
 
@@ -162,6 +170,8 @@ class EngineConfig(JobConfig):
     patience_s: Seconds = 3600.0
     nodes: Annotated[int, Field(ge=1)] = 1
     cpu_cores_per_rank: Annotated[int, Field(ge=1)] = 1
+    credentials: Path | None = None
+    issuer: Path | None = None
     script: Annotated[str, _template("ranks", "config")] = ENGINE_SCRIPT
 
     @model_validator(mode="after")
@@ -318,13 +328,15 @@ def _shown(problem: Any) -> str:
 
 def _anchor(document: dict[str, Any], folder: Path) -> None:
     """Make the paths in a file relative to the file, not to where the service happens to be started."""
-    buffer = document.get("buffer")
+    buffer, engine = document.get("buffer"), document.get("engine")
     for section, key in (
         (document, "credentials"),
         (document, "roles"),
         (buffer, "credentials"),
         (buffer, "issuer"),
         (buffer, "spill"),
+        (engine, "credentials"),
+        (engine, "issuer"),
     ):
         if isinstance(section, dict) and isinstance(section.get(key), str):
             section[key] = str(folder / Path(section[key]).expanduser())

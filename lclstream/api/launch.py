@@ -43,7 +43,7 @@ class RequestRefusedError(ValueError):
 
 def with_buffers(config: dict[str, Any], inputs: list[str], service: ApiConfig) -> dict[str, Any]:
     """The engine's configuration with the buffers as its only data handler: nobody writes files on our nodes."""
-    handler = {
+    handler: dict[str, Any] = {
         "type": "BinaryDataStreamingDataHandler",
         "urls": inputs,
         "role": "client",
@@ -52,6 +52,8 @@ def with_buffers(config: dict[str, Any], inputs: list[str], service: ApiConfig) 
         "send_timeout_s": service.engine.patience_s,
         "drain_timeout_s": service.engine.patience_s,
     }
+    if service.ports.scheme == "tls+tcp":
+        handler["tls"] = engine_certificates(service)
     return {**config, "data_handlers": [handler]}
 
 
@@ -67,7 +69,9 @@ def checked(config: dict[str, Any], service: ApiConfig) -> tuple[Parameters, lis
     with _warnings, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", OlderSpellingWarning)
         try:
-            parameters = from_mapping(with_buffers(config, ["tcp://127.0.0.1:1"], service), origin="body")
+            parameters = from_mapping(
+                with_buffers(config, [f"{service.ports.scheme}://127.0.0.1:1"], service), origin="body"
+            )
         except ConfigurationError as error:
             raise RequestRefusedError([_problem(line) for line in str(error).splitlines()]) from error
         except Exception as error:
@@ -110,7 +114,7 @@ def buffer_job(transfer: TransferRow, position: int, service: ApiConfig) -> JobS
     """The specification of a transfer's buffer job."""
     buffer = service.buffer
     endpoint = transfer.endpoints[position]
-    folder = (buffer.credentials or service.credentials).expanduser().absolute()
+    folder = _buffer_folder(service)
     values = {
         "name": buffer_name(transfer.id, position),
         "input": endpoint["input"],
@@ -164,17 +168,43 @@ def issuer_of_status_readers(buffer: BufferConfig, folder: Path) -> Path:
     Raises:
         ConfigError: the folder trusts several issuers and the configuration names none.
     """
-    if buffer.issuer is not None:
-        return buffer.issuer
-    issuers = sorted((folder / "known_clients").glob("*.crt"))
-    organisation = folder / "known_clients" / "org.crt"
+    return _issuer(
+        buffer.issuer,
+        folder / "known_clients",
+        "name the one that signed the service's own certificate with `buffer: {issuer: PATH}`",
+    )
+
+
+def engine_certificates(service: ApiConfig) -> dict[str, str]:
+    """Paths of the files with which the engine speaks to encrypted buffers, as its configuration has them.
+
+    Raises:
+        ConfigError: the folder trusts several issuers and the configuration names none.
+    """
+    folder = _buffer_folder(service)
+    if service.engine.credentials is not None:
+        folder = service.engine.credentials.expanduser().absolute()
+    issuer = _issuer(
+        service.engine.issuer,
+        folder / "known_servers",
+        "name the one that signed the buffer's certificate with `engine: {issuer: PATH}`",
+    )
+    return {"certificate": str(folder / "id.crt"), "key": str(folder / "id.key"), "ca": str(issuer)}
+
+
+def _buffer_folder(service: ApiConfig) -> Path:
+    return (service.buffer.credentials or service.credentials).expanduser().absolute()
+
+
+def _issuer(named: Path | None, folder: Path, remedy: str) -> Path:
+    if named is not None:
+        return named.expanduser().absolute()
+    issuers = sorted(folder.glob("*.crt"))
+    organisation = folder / "org.crt"
     if organisation in issuers:
         return organisation
     if len(issuers) != 1:
-        raise ConfigError(
-            f"{folder / 'known_clients'} holds {len(issuers)} issuers (*.crt), and none is called org.crt: "
-            "name the one that signed the service's own certificate with `buffer: {issuer: PATH}`"
-        )
+        raise ConfigError(f"{folder} holds {len(issuers)} issuers (*.crt), and none is called org.crt: {remedy}")
     return issuers[0]
 
 

@@ -12,11 +12,13 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from lclstream.api.client import TransferClient
 from lclstream.api.models import TransferInfo, TransferPhase, TransferStatus
+from lclstream.client.encryption import context_for
 from lclstream.client.errors import NoPeerError, StreamTimeout, TransferError
 from lclstream.client.pulling import CONNECT_TIMEOUT_S, TIMEOUT_S, Puller, pull
 from lclstream.client.statistics import Statistics
@@ -41,6 +43,7 @@ class Transfer:
         library: protocol to pull with.
         timeout_s: longest silence of the stream.
         connect_timeout_s: longest wait for the buffer, from the moment the transfer is accepted.
+        credentials: folder of our certificate, for a service whose streams are encrypted.
         interruptible: a context manager entered around every wait (``Stopping.interruptible``). The request itself is
             never interrupted: its answer is needed to cancel what it has started.
     """
@@ -55,6 +58,7 @@ class Transfer:
         library: Any = "nng",
         timeout_s: float = TIMEOUT_S,
         connect_timeout_s: float = 4 * CONNECT_TIMEOUT_S,
+        credentials: Path | str | None = None,
         interruptible: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self._api = api
@@ -64,6 +68,7 @@ class Transfer:
         self._library = library
         self._timeout_s = timeout_s
         self._connect_timeout_s = connect_timeout_s
+        self._credentials = None if credentials is None else Path(credentials)
         self._interruptible = interruptible
         self._key = uuid.uuid4().hex
         self._leaving = threading.Event()
@@ -187,10 +192,12 @@ class Transfer:
     def _connected(self) -> Puller:
         assert self.status is not None
         deadline = time.monotonic() + self._connect_timeout_s
+        url = self.status.url
+        tls = context_for([url], self._credentials, listen=False)
         while True:
             left = deadline - time.monotonic()
             try:
-                return pull(self.status.url, library=self._library, connect_timeout_s=min(2.0, max(left, 0.1))).open()
+                return pull(url, library=self._library, connect_timeout_s=min(2.0, max(left, 0.1)), tls=tls).open()
             except NoPeerError:
                 self._check()
                 if self._seen is not None and self._seen.phase is TransferPhase.done:

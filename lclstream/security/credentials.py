@@ -127,7 +127,8 @@ class Credentials:
         """A context for calling the service at `url`.
 
         A service listed in ``known_servers/<name>.yaml`` is verified against its own issuer and shown the certificate
-        that an issuer of its choice signed; any other against all known issuers, with our own certificate.
+        that an issuer of its choice signed; any other against all known issuers, with our own certificate. For a stream
+        (``tls+tcp://``) an entry with the same host is enough, whatever its port.
         """
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -165,11 +166,16 @@ class Credentials:
 
     def _known_service(self, url: str) -> TrustedService | None:
         wanted = urlsplit(url)
+        same_host = None
         for service in self._services():
             known = urlsplit(service.url)
-            if (known.hostname, known.port) == (wanted.hostname, wanted.port):
+            if known.hostname != wanted.hostname:
+                continue
+            if known.port == wanted.port:
                 return service
-        return None
+            same_host = same_host or service
+        # A stream has another port each time: what the folder says about its host holds for it.
+        return same_host if wanted.scheme == "tls+tcp" else None
 
     def _signed_by(self, service: TrustedService) -> Path:
         if not service.auths:

@@ -232,3 +232,23 @@ def test_without_one_clear_issuer_the_service_says_which_key_to_set(
         launch.issuer_of_status_readers(settings().buffer, tmp_path)
     issuer = tmp_path / "known_clients" / "b.crt"
     assert launch.issuer_of_status_readers(settings(buffer={"issuer": str(issuer)}).buffer, tmp_path) == issuer
+
+
+def test_encrypted_data_sockets_give_the_engine_paths_of_its_certificate(
+    settings: Callable[..., ApiConfig], tmp_path: Path
+) -> None:
+    (tmp_path / "known_servers").mkdir()
+    service = settings(ports={"scheme": "tls+tcp"}, engine={"credentials": str(tmp_path)})
+    for name in ("a.crt", "b.crt"):
+        (tmp_path / "known_servers" / name).touch()
+    with pytest.raises(ConfigError, match=r"known_servers holds 2 issuers .*engine: \{issuer: PATH\}"):
+        launch.engine_certificates(service)
+    (tmp_path / "known_servers" / "org.crt").touch()
+    (handler,) = launch.with_buffers({}, ["tls+tcp://127.0.0.1:1"], service)["data_handlers"]
+    assert handler["tls"] == {
+        "certificate": str(tmp_path / "id.crt"),
+        "key": str(tmp_path / "id.key"),
+        "ca": str(tmp_path / "known_servers" / "org.crt"),
+    }
+    (handler,) = launch.with_buffers({}, ["tcp://127.0.0.1:1"], settings())["data_handlers"]
+    assert "tls" not in handler

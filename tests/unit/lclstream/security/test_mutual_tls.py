@@ -210,3 +210,20 @@ def test_a_service_entry_that_cannot_be_read_is_named(sites: dict[str, Any], tmp
     (folder / "known_servers/olcf.yaml").write_text(entry)
     with pytest.raises(CredentialsError, match=r"olcf\.yaml: not a service entry"):
         Credentials(folder).client_context("https://127.0.0.1:1")
+
+
+def test_a_stream_is_verified_by_what_the_folder_says_about_its_host_whatever_its_port(tmp_path: Path) -> None:
+    home = SiteAuthority(tmp_path / "home", "home")
+    stranger = SiteAuthority(tmp_path / "away", "away").member("ada")
+    home.introduce(stranger, service="api", url="https://127.0.0.1:8446")
+    issuers = {
+        url: {tuple(entry["subject"]) for entry in stranger.client_context(url).get_ca_certs()}
+        for url in (
+            "https://127.0.0.1:8446",
+            "tls+tcp://127.0.0.1:30001",
+            "tls+tcp://localhost:30001",
+            "https://127.0.0.1:1",
+        )
+    }
+    assert issuers["tls+tcp://127.0.0.1:30001"] == issuers["https://127.0.0.1:8446"]
+    assert issuers["tls+tcp://localhost:30001"] == issuers["https://127.0.0.1:1"] != issuers["https://127.0.0.1:8446"]
