@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Protocol, Self
 
 from lclstream.client.address import parse
+from lclstream.client.encryption import context_for
 from lclstream.client.errors import AddressError
 from lclstream.client.statistics import Statistics
 
@@ -172,10 +173,11 @@ def pull(
         reconnect_s: how long a connection that *broke* is dialled again, in seconds; 0: it is an error at once. What
             was under way when it broke is lost and counted. With ZeroMQ a break is known only with `sentinel`.
         sentinel: ZeroMQ only: a sender that goes without having sent an empty message broke the stream.
-        tls: context for ``tls+tcp``.
+        tls: context for ``tls+tcp``; None: made from the certificate folder that ``LCLSTREAM_CREDENTIALS`` names.
 
     Raises:
         AddressError: a URL or a combination of options cannot be used.
+        CredentialsError: the folder of the certificate is incomplete.
     """
     urls = [url] if isinstance(url, str) else list(url)
     if not urls:
@@ -217,7 +219,7 @@ def pull(
             connect_timeout_s=connect_timeout_s,
             reconnect_s=reconnect_s,
             statistics=statistics,
-            tls=tls,
+            tls=context_for(urls, None, listen=listen) if tls is None else tls,
         )
     else:
         raise AddressError(f"library {library!r} is neither nng nor zmq")

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from lclstream.client.address import parse
+from lclstream.client.encryption import context_for
 from lclstream.client.errors import AddressError
 from lclstream.client.pulling import CONNECT_TIMEOUT_S, TIMEOUT_S, Library
 from lclstream.client.statistics import Statistics
@@ -123,10 +124,11 @@ def push(
         queue_messages: messages held here, beside those under way, at most.
         reconnect_s: how long a connection that ended is dialled again, in seconds; 0: not at all. A message that was
             under way then is lost and counted, never sent twice.
-        tls: context for ``tls+tcp``.
+        tls: context for ``tls+tcp``; None: made from the certificate folder that ``LCLSTREAM_CREDENTIALS`` names.
 
     Raises:
         AddressError: a URL or a combination of options cannot be used.
+        CredentialsError: the folder of the certificate is incomplete.
     """
     urls = [url] if isinstance(url, str) else list(url)
     if not urls:
@@ -161,7 +163,7 @@ def push(
             connect_timeout_s=connect_timeout_s,
             reconnect_s=reconnect_s,
             statistics=statistics,
-            tls=tls,
+            tls=context_for(urls, None, listen=listen) if tls is None else tls,
         )
     else:
         raise AddressError(f"library {library!r} is neither nng nor zmq")
