@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import glob
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
+#: How the data acquisition names the files of a run: a stream for each readout node, in chunks.
+_STREAM = re.compile(r"(?P<exp>.+)-r(?P<run>\d+)-s(?P<stream>\d+)-c\d+\.xtc2")
 PSANA2_KEYS = ("exp", "run", "dir", "files", "shmem", "drp", "max_events")
 
 
@@ -24,6 +27,36 @@ class Psana2Identifier:
     def paths(self) -> list[Path]:
         """The files that `files=` names, see :func:`find_files`."""
         return find_files(self.files or "", (".xtc2",))
+
+    def whole_run(self) -> Psana2Identifier:
+        """The same data as ``exp=,run=,dir=`` if `files=` names several streams of a run, which belong together.
+
+        Raises:
+            FileNotFoundError: as :func:`find_files`.
+            ValueError: streams whose events cannot be put together: without small data, of several runs, or not all of
+                the run's.
+        """
+        paths = self.paths()
+        named = [(path, match) for path in paths if (match := _STREAM.fullmatch(path.name))]
+        streams: dict[tuple[Path, str, str], set[str]] = {}
+        for path, match in named:
+            streams.setdefault((path.parent, match["exp"], match["run"]), set()).add(match["stream"])
+        if all(len(numbers) == 1 for numbers in streams.values()):
+            return self
+        folder, experiment, run = next(run for run, numbers in streams.items() if len(numbers) > 1)
+        advice = f"name the run by exp={experiment},run={int(run)},dir={folder}"
+        if len(streams) > 1 or len(named) < len(paths):
+            raise ValueError(f"files={self.files} names several streams of run {int(run)}, and other files: {advice}")
+        index = (folder / "smalldata").glob(f"{experiment}-r{run}-s*.smd.xtc2")
+        indexed = {match["stream"] for path in index if (match := _STREAM.fullmatch(path.name.replace(".smd", "")))}
+        given = streams[folder, experiment, run]
+        if indexed != given:
+            raise ValueError(
+                f"files={self.files} names the streams {', '.join(sorted(given))} of run {int(run)}, and "
+                f"{folder / 'smalldata'} has {', '.join(sorted(indexed)) or 'none'}: small data of exactly these are "
+                "needed to put their events together. Name one stream, or all with their small data"
+            )
+        return Psana2Identifier(exp=experiment, run=int(run), dir=str(folder), max_events=self.max_events)
 
 
 def find_files(text: str, suffixes: tuple[str, ...]) -> list[Path]:

@@ -24,6 +24,8 @@ from lclstreamer.sources import _psana
 from lclstreamer.sources.base import EventSource, Reader, SourceContext, make_data_sources
 from lclstreamer.sources.psana2_data import timestamp_ns
 
+#: psana prints where constants come from, and fails when they do not say.
+_UNSAID = {"experiment": "unknown", "run": 0}
 #: Fields of detectors that are made with calibration constants.
 _CALIBRATED = re.compile(r"calib|image|mask|pedestal|gain|common_mode|pixel_|geo(?!txt_default)")
 
@@ -48,6 +50,7 @@ class Psana2EventSource(EventSource):
         Raises:
             SourceError: no file, no run, or a detector or field that is not there.
         """
+        self.identifier = _whole(self.identifier)
         self._data_sources = self._make()
         self.run = self._next_run()
         if self.run is None:
@@ -86,10 +89,10 @@ class Psana2EventSource(EventSource):
         """What this rank would read; looks for the files of `files=`."""
         identifier = identifiers.parse_psana2(context.source_identifier)
         if identifier.files is not None:
-            try:
-                paths = identifier.paths()
-            except FileNotFoundError as error:
-                raise SourceError(f"source_identifier: {error}") from None
+            whole = _whole(identifier)
+            paths = identifier.paths()
+            if whole.exp is not None:
+                return f"reads {super().plan(parameters, context)} of the {len(paths)} streams in {whole.dir}"
             return f"reads {super().plan(parameters, context)} of {', '.join(map(str, paths))}"
         return f"reads {super().plan(parameters, context)} of {context.source_identifier}"
 
@@ -104,11 +107,7 @@ class Psana2EventSource(EventSource):
         psana = _psana.psana2()
         options: dict[str, Any] = {"log_level": "WARNING", "skip_calib_load": self._skipped_constants()}
         if source.files is not None:
-            try:
-                paths = source.paths()
-            except FileNotFoundError as error:
-                raise SourceError(f"source_identifier: {error}") from None
-            return (self._opened(psana.DataSource, files=[str(path)], **options) for path in paths)
+            return (self._opened(psana.DataSource, files=[str(path)], **options) for path in source.paths())
         if source.exp is not None:
             return iter((self._experiment(psana, options, by_psana),))
         key = "shmem" if source.shmem is not None else "drp"
@@ -242,6 +241,15 @@ class Psana2EventSource(EventSource):
                 yield start + number, self.run.event(stamp)
 
 
+def _whole(identifier: identifiers.Psana2Identifier) -> identifiers.Psana2Identifier:
+    if identifier.files is None:
+        return identifier
+    try:
+        return identifier.whole_run()
+    except (FileNotFoundError, ValueError) as error:
+        raise SourceError(f"source_identifier: {error}") from None
+
+
 class _AllBut:
     """What psana takes as `skip_calib_load`: everything except the detectors whose constants are needed."""
 
@@ -272,15 +280,17 @@ def _constants(path: Path) -> Mapping[str, Any]:
     try:
         with path.open("rb") as file:
             content = pickle.load(file)  # noqa: S301 - psana's own format; the file is named by the user
-        constants: Mapping[str, Any] = content["calib_const"]
+        return {
+            detector: {kind: (array, {**_UNSAID, **(about or {})}) for kind, (array, about) in (kinds or {}).items()}
+            for detector, kinds in content["calib_const"].items()
+        }
     except FileNotFoundError:
         raise SourceError(
             f"event_source.calibration: file {path} does not exist; valid are auto, none, database or the path of a "
             "pickle file with calibration constants"
         ) from None
-    except (OSError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
+    except (OSError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise SourceError(
             f"event_source.calibration: {path} is no file of calibration constants ({error!r}); it must be a pickled "
-            "dictionary with the key calib_const, as psana's calib_prefetch writes it"
+            "dictionary {calib_const: {detector: {kind: (array, about)}}}, as psana's calib_prefetch writes it"
         ) from error
-    return dict(constants)

@@ -61,7 +61,10 @@ class Psana2DetectorInterface(DataSource):
         self._dtype = None if parameters.dtype == "native" else np.dtype(parameters.dtype)
 
     def get(self, event: Any) -> NDArray[Any] | None:
-        """The field's value as an array; several fields are stacked along a new first axis."""
+        """The field's value as an array, good until the next event: psana may use its memory again (raw.calib does).
+
+        Several fields are stacked along a new first axis.
+        """
         return as_array(self._place, self.parameters, [call(event) for call in self._calls], self._dtype)
 
 

@@ -8,11 +8,12 @@ shots, Poisson noise. The intensity goes, loosely, with the pulse energy. The sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, NamedTuple
 
 import numpy as np
 import typer
@@ -26,6 +27,8 @@ WAVELENGTH_VARIABLE = "SIOC:SYS0:ML00:AO192"
 _FIRST_S = 1_112_090_400
 #: Dark level of the detector in ADU, and ADU of a photon.
 _PEDESTAL, _GAIN = 2800.0, 40.0
+#: The two highest bits of a jungfrau's pixel in its three gain stages.
+_GAIN_BITS = np.array([0 << 14, 1 << 14, 3 << 14], np.uint16)
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,11 @@ class Simulation:
         rate_hz: shots per second, as the timestamps say.
         hit_fraction: part of the shots that have peaks.
         seed: of all random numbers.
+        streams: files the run is written to, as by so many readout nodes; the segments are dealt out to them in turn,
+            and the other detectors are in the last. More than one only with :func:`write_experiment`.
+        skipped: shots whose part the last stream does not have, as when a readout node loses events.
+        gain_switching: pixels are in all three gain stages of a jungfrau, as bits 14 and 15 say; without it all are in
+            the highest.
     """
 
     events: int = 200
@@ -51,6 +59,9 @@ class Simulation:
     rate_hz: float = 120.0
     hit_fraction: float = 0.6
     seed: int = 1
+    streams: int = 1
+    skipped: frozenset[int] = frozenset()
+    gain_switching: bool = False
 
 
 class _Frames:
@@ -85,8 +96,10 @@ class _Frames:
                 self._add_peaks(photons, intensity)
             counts = random.poisson(photons).astype(np.float32)
             frame = self._pedestal + _GAIN * counts + 4.0 * random.standard_normal(counts.shape, dtype=np.float32)
-            # The two highest bits say the gain of a jungfrau; ours is always the highest gain.
-            yield np.clip(frame, 0, 16383).astype(np.uint16), energy
+            image = np.clip(frame, 0, 16383).astype(np.uint16)
+            if self._options.gain_switching:
+                image |= random.choice(_GAIN_BITS, size=image.shape)
+            yield image, energy
 
     def _add_peaks(self, photons: NDArray[np.float32], intensity: float) -> None:
         random = self._random
@@ -115,39 +128,53 @@ def write(path: Path | str, options: Simulation | None = None) -> None:
     _psana.psana2()
     try:
         with Path(path).open("wb") as file:
-            _Writer(file, options or Simulation(), None).write()
+            _Writer([_Files(file, None)], options or Simulation()).write()
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def write_experiment(folder: Path | str, options: Simulation | None = None) -> Path:
-    """Write a simulated run as the data acquisition does: a stream's file, and its small data for finding events.
+    """Write a simulated run as the data acquisition does: a file a stream, and its small data for finding events.
 
     The run is opened with ``exp=…,run=…,dir=FOLDER``.
 
     Returns:
-        The stream's file.
+        The first stream's file.
 
     Raises:
         ConfigurationError: psana is not installed, or the files cannot be written.
     """
     options = options or Simulation()
     _psana.psana2()
-    name = f"{options.experiment}-r{options.run:04d}-s000-c000"
-    big, small = Path(folder) / f"{name}.xtc2", Path(folder) / "smalldata" / f"{name}.smd.xtc2"
+    names = [f"{options.experiment}-r{options.run:04d}-s{stream:03d}-c000" for stream in range(options.streams)]
+    big, small = Path(folder), Path(folder) / "smalldata"
     try:
-        small.parent.mkdir(parents=True, exist_ok=True)
-        with big.open("wb") as file, small.open("wb") as index:
-            _Writer(file, options, index).write()
+        small.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            files = [
+                _Files(
+                    stack.enter_context((big / f"{name}.xtc2").open("wb")),
+                    stack.enter_context((small / f"{name}.smd.xtc2").open("wb")),
+                )
+                for name in names
+            ]
+            _Writer(files, options).write()
     except OSError as error:
         raise ConfigurationError(f"{folder} cannot be written: {error.strerror}") from error
-    return big
+    return big / f"{names[0]}.xtc2"
+
+
+class _Files(NamedTuple):
+    """What one readout node writes: its data, and where in them its events are."""
+
+    big: BinaryIO
+    small: BinaryIO | None
 
 
 class _Writer:
-    """Writes the datagrams of a run, and those of its small data where there is a file for them."""
+    """Writes the datagrams of a run, and those of its small data where there are files for them."""
 
-    def __init__(self, file: BinaryIO, options: Simulation, index: BinaryIO | None) -> None:
+    def __init__(self, files: Sequence[_Files], options: Simulation) -> None:
         from psana.dgramedit import DgramEdit
         from psana.psexp.transitionid import TransitionId
 
@@ -157,20 +184,23 @@ class _Writer:
         self._room = 2 * options.segments * options.rows * options.columns + (1 << 20)
         self._buffer = bytearray(self._room)
         self._nanoseconds = 0
-        self._big = _Stream(self._configure(), file, options.segments)
-        self._small: _Stream | None = None
-        if index is not None:
-            # Small data has the same detectors under the same numbers, and after them its own.
-            self._small = _Stream(self._configure(), index, options.segments)
-            self._small.add_index()
-        for stream in self._streams():
-            self._save(stream, stream.config)
+        self._nodes: list[tuple[_Stream, _Stream | None]] = []
+        for number, (big, small) in enumerate(files):
+            segments = range(number, options.segments, len(files))
+            others = number == len(files) - 1
+            index: _Stream | None = None
+            stream = _Stream(self._configure(), big, segments, others=others)
+            if small is not None:
+                # Small data has the same detectors under the same numbers, and after them its own.
+                index = _Stream(self._configure(), small, segments, others=others)
+                index.add_index()
+            self._nodes.append((stream, index))
+            for one in (stream, index):
+                if one is not None:
+                    self._save(one, one.config)
 
     def _configure(self) -> Any:
         return self._edit(transition_id=self._ids.Configure, ts=_FIRST_S << 32, bufsize=self._room)
-
-    def _streams(self) -> list[_Stream]:
-        return [self._big] if self._small is None else [self._big, self._small]
 
     def write(self) -> None:
         """The whole run, transitions included."""
@@ -180,9 +210,10 @@ class _Writer:
         self._transition(ids.Enable)
         self._transition(ids.SlowUpdate, self._add_variables)
         step = round(1e9 / self._options.rate_hz)
-        for frame, energy in _Frames(self._options):
+        for shot, (frame, energy) in enumerate(_Frames(self._options)):
             self._nanoseconds += step
-            self._datagram(ids.L1Accept, partial(self._add_shot, frame=frame, energy=energy))
+            nodes = self._nodes[:-1] if shot in self._options.skipped else self._nodes
+            self._datagram(ids.L1Accept, partial(self._add_shot, frame=frame, energy=energy), nodes)
         for transition in (ids.Disable, ids.EndStep, ids.EndRun):
             self._transition(transition)
 
@@ -190,17 +221,25 @@ class _Writer:
         self._nanoseconds += 1000
         self._datagram(which, fill)
 
-    def _datagram(self, which: int, fill: Callable[[_Stream, Any], None] | None) -> None:
+    def _datagram(
+        self,
+        which: int,
+        fill: Callable[[_Stream, Any], None] | None,
+        nodes: Sequence[tuple[_Stream, _Stream | None]] | None = None,
+    ) -> None:
         seconds, nanoseconds = divmod(self._nanoseconds, 1_000_000_000)
         stamp = ((_FIRST_S + seconds) << 32) | nanoseconds
-        place, length = self._big.file.tell(), 0
-        for stream in self._streams():
-            datagram = self._edit(transition_id=which, config_dgramedit=stream.config, ts=stamp, bufsize=self._room)
-            if stream is self._small and which == self._ids.L1Accept:
-                stream.point_to(datagram, place, length)
-            elif fill is not None:
-                fill(stream, datagram)
-            length = self._save(stream, datagram)
+        for big, small in self._nodes if nodes is None else nodes:
+            place, length = big.file.tell(), 0
+            for stream in (big, small):
+                if stream is None:
+                    continue
+                datagram = self._edit(transition_id=which, config_dgramedit=stream.config, ts=stamp, bufsize=self._room)
+                if stream is small and which == self._ids.L1Accept:
+                    stream.point_to(datagram, place, length)
+                elif fill is not None:
+                    fill(stream, datagram)
+                length = self._save(stream, datagram)
 
     def _save(self, stream: _Stream, datagram: Any) -> int:
         datagram.save(self._buffer)
@@ -213,13 +252,17 @@ class _Writer:
         datagram.adddata(stream.runinfo.runinfo)
 
     def _add_variables(self, stream: _Stream, datagram: Any) -> None:
+        if stream.epics is None:
+            return
         setattr(stream.epics.raw, WAVELENGTH_VARIABLE, 1.31)
         datagram.adddata(stream.epics.raw)
 
     def _add_shot(self, stream: _Stream, datagram: Any, frame: NDArray[np.uint16], energy: float) -> None:
-        for segment, detector in enumerate(stream.jungfrau):
+        for segment, detector in stream.jungfrau.items():
             detector.raw.raw = np.ascontiguousarray(frame[segment : segment + 1])
             datagram.adddata(detector.raw)
+        if stream.gmd is None:
+            return
         stream.gmd.raw.milliJoulesPerPulse = energy
         datagram.adddata(stream.gmd.raw)
 
@@ -227,23 +270,26 @@ class _Writer:
 class _Stream:
     """A file of datagrams, and the detectors its Configure names."""
 
-    def __init__(self, config: Any, file: BinaryIO, segments: int) -> None:
+    def __init__(self, config: Any, file: BinaryIO, segments: Iterable[int], *, others: bool) -> None:
         from psana.dgramedit import AlgDef, DetectorDef
 
         self.config, self.file = config, file
         self._algorithm, self._detector = AlgDef, DetectorDef
-        self.jungfrau = [
-            config.Detector(
+        self.jungfrau = {
+            segment: config.Detector(
                 DetectorDef("jungfrau", "jungfrau", f"simulated-{segment}"),
                 AlgDef("raw", 0, 2, 0),
                 {"raw": (np.uint16, 3)},
                 segment=segment,
             )
-            for segment in range(segments)
-        ]
-        self.gmd = self._add("gmd", AlgDef("raw", 2, 1, 0), {"milliJoulesPerPulse": (np.float64, 0)})
+            for segment in segments
+        }
+        self.gmd = self.epics = None
+        if others:
+            self.gmd = self._add("gmd", AlgDef("raw", 2, 1, 0), {"milliJoulesPerPulse": (np.float64, 0)})
         self.runinfo = self._add("runinfo", AlgDef("runinfo", 0, 0, 1), {"expt": (str, 1), "runnum": (np.uint32, 0)})
-        self.epics = self._add("epics", AlgDef("raw", 2, 0, 0), {WAVELENGTH_VARIABLE: (np.float64, 0)})
+        if others:
+            self.epics = self._add("epics", AlgDef("raw", 2, 0, 0), {WAVELENGTH_VARIABLE: (np.float64, 0)})
         self.index: Any = None
 
     def add_index(self) -> None:
@@ -280,6 +326,9 @@ def command(
         float, typer.Option(min=0, max=1, help="Part of the shots with peaks.")
     ] = Simulation.hit_fraction,
     seed: Annotated[int, typer.Option(help="The same seed gives the same run.")] = Simulation.seed,
+    streams: Annotated[
+        int, typer.Option(min=1, help="With --dir: files the run is spread over, as by so many readout nodes.")
+    ] = Simulation.streams,
 ) -> None:
     """Write a simulated LCLS-II run (jungfrau, pulse energy, an EPICS variable) as an xtc2 file.
 
@@ -287,7 +336,10 @@ def command(
 
     Exit codes: 0 written; 2 wrong options, psana is missing or the file cannot be written.
     """
-    options = Simulation(events, experiment, run, segments, rows, columns, rate, hit_fraction, seed)
+    options = Simulation(events, experiment, run, segments, rows, columns, rate, hit_fraction, seed, streams)
+    if streams > 1 and experiment_dir is None:
+        typer.echo("error: --streams needs --dir: events of several files are put together by small data", err=True)
+        raise SystemExit(2)
     if (out is None) == (experiment_dir is None):
         typer.echo("error: either --out or --dir is needed", err=True)
         raise SystemExit(2)

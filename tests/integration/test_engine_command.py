@@ -277,14 +277,16 @@ def test_progress_is_told_on_stderr_while_it_works(start: Any, tmp_path: Path, w
 
 
 @pytest.mark.skipif(find_spec("psana") is None, reason="psana (LCLS-II) is not installed")
-def test_a_simulated_run_is_streamed_by_two_ranks_without_loss(
+def test_a_run_of_several_files_is_streamed_by_two_ranks_without_loss(
     start: Any, sink: Any, tmp_path: Path, wait_until: Any
 ) -> None:
-    run = tmp_path / "run.xtc2"
+    run = tmp_path / "experiment"
     simulator = start(
-        "python", "-m", "lclstreamer.sources.psana2_simulator", "--out", run, "--events", "31", "--rows", "64"
+        *("python", "-m", "lclstreamer.sources.psana2_simulator", "--dir", run, "--events", "31", "--rows", "64"),
+        *("--segments", "3", "--streams", "2"),
     )
     assert simulator.wait(60) == 0, simulator.output()
+    assert len(list(run.glob("*.xtc2"))) == 2
     describe = start("lclstreamer", "--describe", f"files={run}")
     assert describe.wait(60) == 0, describe.output()
     peer, url = sink("nng")
