@@ -8,10 +8,23 @@ from typing import Any
 
 from lclstream.jobs.client import AsyncJobClient, JobClient
 from lclstream.jobs.models import JobSpec, JobState, JobSummary, Transition
+from lclstream.jobs.sbatch import SbatchOptionError, directives, parse_options
 from lclstream_airflow.hooks.patience import ServiceError
 from lclstream_airflow.hooks.service import ServiceHook
 
-__all__ = ["AsyncJobClient", "JobClient", "JobSpec", "JobState", "PsikHook", "Transition", "has_no_lease", "job_facts"]
+__all__ = [
+    "AsyncJobClient",
+    "JobClient",
+    "JobSpec",
+    "JobState",
+    "PsikHook",
+    "SbatchOptionError",
+    "Transition",
+    "directives",
+    "has_no_lease",
+    "job_facts",
+    "parse_options",
+]
 
 
 class PsikHook(ServiceHook):
