@@ -24,16 +24,55 @@ def _prefix(default: str) -> dict[str, Any]:
     }
 
 
-def _connection(kind: str, hook: str, name: str, port: int, prefix: str) -> dict[str, Any]:
+def _optional(label: str, description: str) -> dict[str, Any]:
+    return {"label": label, "description": description, "schema": {"type": ["string", "null"]}}
+
+
+#: Of NERSC's API.
+_SUPERFACILITY = {
+    "key_file": {
+        "label": "Key file",
+        "description": (
+            "Path of the key file made in NERSC's Iris (client id and secret key, mode 0600) on the workers and "
+            "triggerers. Nothing secret goes into this form."
+        ),
+        "schema": {"type": "string", "minLength": 1},
+    },
+    "token_url": _optional("Token address", "Where tokens come from; empty means NERSC's, or /c2id/token of the host."),
+    "machine": _optional("Machine", "Machine for tasks that name none; empty means 'perlmutter'."),
+    "job_page": _optional("Job page", "Address of a page about a job, with {machine} and {job_id}; for the link."),
+    "prefix": _prefix("/api/v1.2"),
+}
+#: Of the ARP's job interface.
+_JID = {
+    "token_file": _optional(
+        "Token file",
+        "Path of a file (mode 0600) with a bearer token on the workers and triggerers; empty: the DAG run's own token "
+        "is used, and waiting takes a worker. Nothing secret goes into this form.",
+    ),
+    "prefix": _prefix("/arps3dfjid/jid/ws"),
+}
+
+
+def _connection(
+    kind: str,
+    hook: str,
+    name: str,
+    port: int,
+    prefix: str,
+    *,
+    fields: dict[str, Any] | None = None,
+    host: str = "dtn.example.org",
+) -> dict[str, Any]:
     return {
         "connection-type": kind,
         "hook-class-name": hook,
         "hook-name": name,
-        "conn-fields": {"credentials": _CREDENTIALS, "prefix": _prefix(prefix)},
+        "conn-fields": fields or {"credentials": _CREDENTIALS, "prefix": _prefix(prefix)},
         "ui-field-behaviour": {
             "hidden-fields": ["schema", "login", "password", "extra"],
             "relabeling": {},
-            "placeholders": {"host": "dtn.example.org", "port": str(port)},
+            "placeholders": {"host": host, "port": str(port)},
         },
     }
 
@@ -49,19 +88,26 @@ def get_provider_info() -> dict[str, Any]:
         "hooks": [
             {
                 "integration-name": "LCLStream",
-                "python-modules": [f"{parts}.hooks.{name}" for name in ("lclstream", "psik", "elog")],
+                "python-modules": [
+                    f"{parts}.hooks.{name}" for name in ("lclstream", "psik", "elog", "superfacility", "jid")
+                ],
             }
         ],
         "triggers": [
             {
                 "integration-name": "LCLStream",
-                "python-modules": [f"{parts}.triggers.{name}" for name in ("lclstream", "psik", "elog")],
+                "python-modules": [
+                    f"{parts}.triggers.{name}" for name in ("lclstream", "psik", "elog", "superfacility", "jid")
+                ],
             }
         ],
         "operators": [
             {
                 "integration-name": "LCLStream",
-                "python-modules": [f"{parts}.operators.{name}" for name in ("lclstream", "psik", "elog")],
+                "python-modules": [
+                    f"{parts}.operators.{name}"
+                    for name in ("lclstream", "psik", "slurm", "superfacility", "jid", "elog")
+                ],
             }
         ],
         "sensors": [
@@ -74,6 +120,24 @@ def get_provider_info() -> dict[str, Any]:
             _connection("lclstream", f"{parts}.hooks.lclstream.LCLStreamHook", "LCLStream transfers", 8446, "/v1"),
             _connection("psik", f"{parts}.hooks.psik.PsikHook", "Psi-k jobs", 8447, "/v2"),
             _connection("elog", f"{parts}.hooks.elog.ElogHook", "Elog", 8448, ""),
+            _connection(
+                "superfacility",
+                f"{parts}.hooks.superfacility.SuperfacilityHook",
+                "Superfacility API (NERSC)",
+                443,
+                "/api/v1.2",
+                fields=_SUPERFACILITY,
+                host="https://api.nersc.gov",
+            ),
+            _connection(
+                "jid",
+                f"{parts}.hooks.jid.JobInterfaceHook",
+                "Job interface (ARP)",
+                443,
+                "/arps3dfjid/jid/ws",
+                fields=_JID,
+                host="https://psdm.slac.stanford.edu",
+            ),
         ],
         "extra-links": [f"{parts}.links.{name}" for name in ("TransferLink", "JobLink", "RunLink")],
     }

@@ -112,6 +112,12 @@ def test_airflow_knows_the_connection_types_with_their_forms() -> None:
         assert (hook.hook_name, hook.connection_testable) == (name, True)
         assert f"extra__{kind}__credentials" in manager.connection_form_widgets
         assert "password" in manager.field_behaviours[kind]["hidden_fields"]
+    for kind, field in {"superfacility": "key_file", "jid": "token_file"}.items():
+        hook = hooks[kind]
+        assert hook is not None
+        assert hook.connection_testable
+        assert f"extra__{kind}__{field}" in manager.connection_form_widgets
+        assert "password" in manager.field_behaviours[kind]["hidden_fields"]
     assert "lclstream_airflow.links.TransferLink" in manager.extra_links_class_names
 
 
@@ -124,5 +130,7 @@ def test_a_connection_makes_its_hook(transfers: Any) -> None:
 def test_no_key_or_token_is_in_the_connection_form() -> None:
     from lclstream_airflow.provider import get_provider_info
 
+    # Only paths of what is secret, and addresses.
+    known = {"credentials", "prefix", "key_file", "token_file", "token_url", "machine", "job_page"}
     for kind in get_provider_info()["connection-types"]:
-        assert set(kind["conn-fields"]) == {"credentials", "prefix"}
+        assert set(kind["conn-fields"]) <= known
