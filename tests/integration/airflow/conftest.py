@@ -121,7 +121,14 @@ class Services:
         self.folder = folder
         self.processes: list[tuple[str, subprocess.Popen[bytes]]] = []
 
-    def start(self, command: str, name: str, *options: str, config: dict[str, Any] | None = None) -> None:
+    def start(
+        self,
+        command: str,
+        name: str,
+        *options: str,
+        config: dict[str, Any] | None = None,
+        env: dict[str, str] | None = None,
+    ) -> None:
         words = [sys.executable, "-m", "lclstream.cli", command, *options]
         if config is not None:
             path = self.folder / f"{name}.yaml"
@@ -131,7 +138,7 @@ class Services:
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         with (self.folder / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, "PATH": path}
+                words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, "PATH": path, **(env or {})}
             )
         self.processes.append((name, process))
 
@@ -171,6 +178,8 @@ def services(sites: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) ->
                     "callbacks": {"allow": [f"https://127.0.0.1:{api}/v1/callback"]},
                     "cancel_jobs_on_exit": True,
                 },
+                # What the analysis jobs pull the encrypted streams with.
+                env={"LCLSTREAM_CREDENTIALS": str(s3df.member("analysis").folder)},
             )
         started.start(
             "api",
@@ -180,7 +189,7 @@ def services(sites: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) ->
                 "credentials": str(s3df.member("transfer-api").folder),
                 "database": f"sqlite:///{folder}/transfers.sqlite",
                 "job_service": {"url": f"https://127.0.0.1:{s3df_jobs}"},
-                "ports": {"first": ports.start, "last": ports.stop - 1},
+                "ports": {"first": ports.start, "last": ports.stop - 1, "scheme": "tls+tcp"},
                 "buffer": {"credentials": str(s3df.member("buffer").folder), "capacity": "64MiB", "grace_s": 0.5},
                 "poll_s": 1.0,
                 "status_s": 0.2,
