@@ -46,6 +46,7 @@ class _Routes:
         buffers: int | None,
         idempotency_key: str | None,
         on_no_consumer: OnNoConsumer | None = None,
+        sentinel: int | None = None,
         dry_run: str | None = None,
         labels: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
@@ -55,6 +56,7 @@ class _Routes:
             "name": name,
             "buffers": buffers,
             "on_no_consumer": on_no_consumer,
+            "sentinel": sentinel,
             "dry_run": dry_run,
             "tag": query(labels) if labels else None,
         }
@@ -147,6 +149,7 @@ class TransferClient:
         name: str | None = None,
         buffers: int | None = None,
         on_no_consumer: OnNoConsumer | None = None,
+        sentinel: int | None = 1,
         idempotency_key: str | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> TransferStatus:
@@ -160,6 +163,8 @@ class TransferClient:
             buffers: number of buffers, for more bandwidth: pull from all of the answer's `urls`; None: one.
             on_no_consumer: what the buffer does while nobody pulls: `wait`, which holds up the engine when the memory
                 is full, or `spill`, which goes on into files and keeps what is left there; None: wait.
+            sentinel: empty messages each ZeroMQ consumer gets at the end, which it cannot see otherwise; None: as the
+                site has it.
             idempotency_key: the same key again gives the same transfer, not a second one.
             tags: names and values to find it by; the first request's stay.
 
@@ -168,7 +173,9 @@ class TransferClient:
                 many transfers as you may have; 503 no port is free.
         """
         document = self._call(
-            self._routes.request(config, lease_s, ranks, name, buffers, idempotency_key, on_no_consumer, labels=tags)
+            self._routes.request(
+                config, lease_s, ranks, name, buffers, idempotency_key, on_no_consumer, sentinel, labels=tags
+            )
         )
         return TransferStatus.model_validate(document)
 
@@ -178,7 +185,9 @@ class TransferClient:
         Raises:
             ServiceError: as for :meth:`request`.
         """
-        document = self._call(self._routes.request(config, None, ranks, None, buffers, None, dry_run="true"))
+        document = self._call(
+            self._routes.request(config, None, ranks, None, buffers, None, sentinel=1, dry_run="true")
+        )
         return TransferPlan.model_validate(document)
 
     def info(self, transfer: int) -> TransferInfo:
@@ -263,12 +272,15 @@ class AsyncTransferClient:
         name: str | None = None,
         buffers: int | None = None,
         on_no_consumer: OnNoConsumer | None = None,
+        sentinel: int | None = 1,
         idempotency_key: str | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> TransferStatus:
         """See :meth:`TransferClient.request`."""
         document = await self._call(
-            self._routes.request(config, lease_s, ranks, name, buffers, idempotency_key, on_no_consumer, labels=tags)
+            self._routes.request(
+                config, lease_s, ranks, name, buffers, idempotency_key, on_no_consumer, sentinel, labels=tags
+            )
         )
         return TransferStatus.model_validate(document)
 
@@ -276,7 +288,9 @@ class AsyncTransferClient:
         self, config: dict[str, Any], *, ranks: int | None = None, buffers: int | None = None
     ) -> TransferPlan:
         """See :meth:`TransferClient.plan`."""
-        document = await self._call(self._routes.request(config, None, ranks, None, buffers, None, dry_run="true"))
+        document = await self._call(
+            self._routes.request(config, None, ranks, None, buffers, None, sentinel=1, dry_run="true")
+        )
         return TransferPlan.model_validate(document)
 
     async def info(self, transfer: int) -> TransferInfo:

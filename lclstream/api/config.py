@@ -111,7 +111,8 @@ class BufferConfig(JobConfig):
         grace_s: how long a buffer without producers waits for one to come back.
         drain_s: how long a buffer that is cancelled goes on giving out what it holds; shorter than the time the job
             service leaves a cancelled job, so that the buffer can still write its last figures.
-        sentinel: empty messages each ZeroMQ consumer gets at the end of the stream.
+        sentinel: empty messages each ZeroMQ consumer gets at the end of the stream when the request does not say. The
+            published clients do not expect any and would keep them as files of no bytes.
         credentials: certificate folder of the buffer, on the machine it runs on; None: the service's own.
         issuer: certificates (PEM) of the authorities whose members the buffer serves, on the machine it runs on: the
             one that signed this service's certificate, with which the status is read, and, with encrypted data
@@ -127,7 +128,7 @@ class BufferConfig(JobConfig):
     capacity: Annotated[str, Field(pattern=r"^[0-9.]+ *([KMGT]i?)?B?$")] = "1GiB"
     grace_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0
     drain_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0
-    sentinel: Annotated[int, Field(ge=0)] = 1
+    sentinel: Annotated[int, Field(ge=0)] = 0
     credentials: Path | None = None
     issuer: Path | None = None
     max_per_transfer: Annotated[int, Field(ge=1)] = 4

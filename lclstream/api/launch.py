@@ -124,7 +124,7 @@ def buffer_job(transfer: TransferRow, position: int, service: ApiConfig) -> JobS
         "producers": transfer.producers,
         "grace_s": f"{buffer.grace_s:g}",
         "drain_s": f"{buffer.drain_s:g}",
-        "sentinel": buffer.sentinel,
+        "sentinel": transfer.sentinel,
         "certificate": folder / "id.crt",
         "key": folder / "id.key",
         "ca": issuer_of_status_readers(buffer, folder),

@@ -16,22 +16,20 @@ from pydantic_core import from_json
 from sqlalchemy.exc import OperationalError
 
 from lclstream import __version__
-from lclstream.api import callbacks, launch, plan
+from lclstream.api import answers, callbacks, launch, plan
 from lclstream.api.config import ApiConfig
 from lclstream.api.driver import JobService, StatusReader
 from lclstream.api.models import (
-    CacheMetrics,
     ClientName,
     JobState,
     Lease,
     LeaseRequest,
-    PortTransition,
     TransferInfo,
     TransferPlan,
     TransferStatus,
 )
-from lclstream.api.states import Event, State
-from lclstream.api.status import HttpsStatusReader, messages
+from lclstream.api.states import Event
+from lclstream.api.status import HttpsStatusReader
 from lclstream.api.store import (
     KeyReusedError,
     NoFreePortError,
@@ -230,6 +228,9 @@ def request_transfer(
         Literal["wait", "spill"],
         Query(description="what the buffer does while nobody pulls: wait, or go on into files"),
     ] = "wait",
+    sentinel: Annotated[
+        int | None, Query(ge=0, le=1000, description="empty messages each ZeroMQ consumer gets at the end")
+    ] = None,
     dry_run: Annotated[bool, Query(description="say what would be started, and start nothing")] = False,
     idempotency_key: Annotated[
         str | None,
@@ -271,11 +272,12 @@ def request_transfer(
         config=lambda inputs: launch.with_buffers(document, inputs, config),
         experiment=plan.experiment_of(parameters),
         spill=on_no_consumer == "spill",
+        sentinel=config.buffer.sentinel if sentinel is None else sentinel,
         quota=config.quota,
         tags=labels,
     )
     if dry_run:
-        return _plan(order, parameters, notes, store, config)
+        return answers.plan_of(order, parameters, notes, len(store.leased_ports()), config)
     try:
         row, new = store.create(order, config.ports)
     except KeyReusedError as error:
@@ -291,7 +293,7 @@ def request_transfer(
     elif lease_s is not None and store.renew(row.id, lease_s) is not None:
         row = store.get(row.id) or row
     supervisor.wake(row.id)
-    return _status(row)
+    return answers.status(row)
 
 
 @transfers.get("")
@@ -315,7 +317,7 @@ def list_transfers(
     experiments = [name for name, members in roles.experiments.items() if others and person in members]
     states = states_seen_as(state)
     rows = store.list(owner, index=index, limit=limit, states=states, experiments=experiments, tags=labels)
-    return [_status(row) for row in rows]
+    return [answers.status(row) for row in rows]
 
 
 _NOT_FOUND: dict[int | str, dict[str, Any]] = {
@@ -330,34 +332,7 @@ def get_transfer(
 ) -> TransferInfo:
     """One transfer with its log and figures, also after its end."""
     row = _allowed(store, roles, number, caller, Action.see)
-    documents = supervisor.live(number) or row.buffers
-    known = [document for document in documents if document]
-    return TransferInfo(
-        user=row.owner,
-        log=[
-            PortTransition(
-                time=entry.time,
-                client=ClientName(entry.client),
-                state=JobState(entry.state),
-                info=entry.info,
-                jobndx=entry.jobndx,
-            )
-            for entry in store.log(number)
-        ],
-        metrics=_metrics(row, known),
-        id=row.id,
-        url=_urls(row)[0],
-        urls=_urls(row),
-        state=State(row.state).phase.job_state,
-        phase=State(row.state).phase,
-        info=row.info,
-        lease_expires=row.lease_expires,
-        name=row.name,
-        tags=row.tags,
-        buffer=known[0] if known else None,
-        buffers=documents if len(row.endpoints) > 1 else [],
-        released=row.released,
-    )
+    return answers.info(row, store.log(number), supervisor.live(number) or row.buffers)
 
 
 @transfers.delete("/{id}", responses=_NOT_FOUND)
@@ -475,58 +450,3 @@ def _allowed(store: Store, roles: Roles, number: int, caller: Identity, action: 
     if not ruling:
         raise HTTPException(403, ruling.rule)
     return row
-
-
-def _urls(row: TransferRow) -> list[str]:
-    return [endpoint["output"] for endpoint in row.endpoints]
-
-
-def _plan(order: Order, parameters: Parameters, notes: list[str], store: Store, config: ApiConfig) -> TransferPlan:
-    names = [f"INPUT-{number}" for number in range(order.buffers)]
-    endpoints = [{"input": name, "output": "OUTPUT", "status": "STATUS"} for name in names]
-    row = TransferRow(id=0, ranks=order.ranks, producers=order.producers, endpoints=endpoints, spill=order.spill)
-    jobs = {"buffer": launch.buffer_job(row, 0, config), "engine": launch.engine_job(row, config)}
-    expected = plan.estimate(parameters, order.producers)
-    return TransferPlan(
-        ranks=order.ranks,
-        producers=order.producers,
-        buffers=order.buffers,
-        ports=3 * order.buffers,
-        ports_free=config.ports.last - config.ports.first + 1 - len(store.leased_ports()),
-        config=order.config(names),
-        scripts={name: job.script for name, job in jobs.items()},
-        backends={name: job.backend for name, job in jobs.items()},
-        events=expected.events,
-        messages=expected.messages,
-        bytes=expected.bytes,
-        notes=notes,
-    )
-
-
-def _status(row: TransferRow) -> TransferStatus:
-    phase = State(row.state).phase
-    return TransferStatus(
-        time=row.changed,
-        jobndx=row.jobndx,
-        state=phase.job_state,
-        info=row.info,
-        id=row.id,
-        url=_urls(row)[0],
-        urls=_urls(row),
-        user=row.owner,
-        phase=phase,
-        lease_expires=row.lease_expires,
-        name=row.name,
-        tags=row.tags,
-    )
-
-
-def _metrics(row: TransferRow, documents: list[dict[str, Any]]) -> CacheMetrics:
-    times = [document["time"] for document in documents if isinstance(document.get("time"), int | float)]
-    return CacheMetrics(
-        time=max(times, default=row.changed),
-        producers=sum(int(document.get("producers", 0)) for document in documents),
-        recvd=sum(messages(document, "received") for document in documents),
-        sent=sum(messages(document, "sent") for document in documents),
-        buffered=sum(messages(document, "held") for document in documents),
-    )

@@ -80,6 +80,7 @@ class Order:
         config: makes the engine's configuration from the buffers' input URLs.
         experiment: the experiment whose data are wanted, if that is known.
         spill: whether its buffers keep in files what nobody pulls.
+        sentinel: empty messages each ZeroMQ consumer gets at the end.
         quota: how much the owner may have at a time; None: as much as he likes.
         tags: names and values to find it by.
     """
@@ -95,6 +96,7 @@ class Order:
     config: Callable[[list[str]], dict[str, Any]]
     experiment: str | None = None
     spill: bool = False
+    sentinel: int = 0
     quota: QuotaConfig | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
 
@@ -218,6 +220,7 @@ class Store:
             producers=order.producers,
             endpoints=endpoints,
             spill=order.spill,
+            sentinel=order.sentinel,
             tags=dict(order.tags),
             state=INITIAL.state.value,
             info="requested",

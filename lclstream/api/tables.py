@@ -31,6 +31,7 @@ class TransferRow(Base):
         producers: ranks that send.
         endpoints: for each buffer its `input`, `output` and `status` URL.
         spill: whether its buffers keep in files what nobody pulls.
+        sentinel: empty messages each ZeroMQ consumer gets at the end.
         tags: names and values to find it by.
         state: a :class:`.State`.
         info: why it is in this state.
@@ -58,6 +59,7 @@ class TransferRow(Base):
     producers: Mapped[int] = mapped_column(Integer)
     endpoints: Mapped[list[dict[str, str]]] = mapped_column(JSON)
     spill: Mapped[bool] = mapped_column(default=False, server_default=false())
+    sentinel: Mapped[int] = mapped_column(Integer, default=0, server_default="1")
     tags: Mapped[dict[str, str]] = mapped_column(JSON, default=dict, server_default="{}")
     state: Mapped[str] = mapped_column(String(32), index=True)
     info: Mapped[str] = mapped_column(Text)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +17,9 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+import zmq
+from certified import Certified
+from zmq.utils.monitor import recv_monitor_message
 
 from lclstream.api.client import TransferClient
 from lclstream.api.models import ClientName, JobState, TransferInfo, TransferPhase
@@ -461,6 +466,79 @@ def test_a_stopped_service_exits_well_and_goes_on_later(site: Site) -> None:
     assert site.client.info(status.id).phase is TransferPhase.producing
     site.client.cancel(status.id)
     site.released(status.id)
+    site.nothing_is_left()
+
+
+def plain_zeromq(url: str, most: int | None = None) -> list[bytes]:
+    """Pull as the published client does: dial at once, take what comes, and end a second after the sender has gone."""
+    context = zmq.Context.instance()
+    with (
+        context.socket(zmq.PULL) as pull,
+        pull.get_monitor_socket(zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED) as seen,
+    ):
+        pull.linger = 0
+        pull.connect(url)
+        messages: list[bytes] = []
+        connected = gone = 0
+        deadline = time.monotonic() + 60
+        while connected == 0 or connected > gone or pull.poll(1000):
+            assert time.monotonic() < deadline, f"{connected} connections, {gone} gone, {len(messages)} messages"
+            if pull.poll(20):
+                messages.append(pull.recv())
+            if len(messages) == most:
+                break
+            while seen.poll(0):
+                event = recv_monitor_message(seen)["event"]
+                connected += event == zmq.EVENT_CONNECTED
+                gone += event == zmq.EVENT_DISCONNECTED
+        pull.disable_monitor()
+        return messages
+
+
+@pytest.fixture
+def published(site: Site, sites: dict[str, Any]) -> Iterator[Any]:
+    """The HTTP client that the published clients get from the published package `certified`."""
+    headers = {"user-agent": "lclstream/2.0.0", "Accept": "application/json"}
+    with Certified(sites["s3df"].member("alice").folder).Client(site.url, headers=headers) as client:
+        yield client
+
+
+def test_a_published_client_gets_its_stream_and_nothing_else(site: Site, published: Any) -> None:
+    answer = published.post("/v1/transfers", json=configuration(events=50))
+    assert answer.status_code // 100 == 2
+    document = answer.json()
+    assert document.keys() >= {"id", "url", "user", "time", "jobndx", "state", "info"}
+    messages = plain_zeromq(document["url"])
+    assert len(messages) == 10
+    assert all(message.startswith(b"\x89HDF") for message in messages), "it makes a file of each message"
+    assert site.released(document["id"]).phase is TransferPhase.done
+    assert published.get(f"/v1/transfers/{document['id']}").json().keys() >= {"user", "log", "metrics"}
+    site.nothing_is_left()
+
+
+def test_a_published_client_that_is_stopped_deletes_its_transfer(site: Site, published: Any) -> None:
+    document = published.post("/v1/transfers", json=ENDLESS).json()
+    assert len(plain_zeromq(document["url"], most=20)) == 20
+    assert published.delete(f"/v1/transfers/{document['id']}").status_code == 200
+    assert site.released(document["id"]).phase is TransferPhase.canceled
+    site.nothing_is_left()
+
+
+def test_the_published_program_itself_works_unchanged(site: Site, sites: dict[str, Any], tmp_path: Path) -> None:
+    program = os.environ.get("PUBLISHED_LCLSTREAM")
+    if program is None:
+        pytest.skip("set PUBLISHED_LCLSTREAM to the `lclstream` of the published client, which no registry has")
+    config = tmp_path / "lclstreamer.yaml"
+    config.write_text(yaml.safe_dump(configuration(events=50)))
+    environment = {**os.environ, "CERTIFIED_CONFIG": str(sites["s3df"].member("alice").folder)}
+    done = subprocess.run(
+        [program, "get", str(config), "--server", site.url], env=environment, capture_output=True, timeout=90
+    )
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
+        sizes = [member.size for member in archive]
+    assert len(sizes) == 10
+    assert all(sizes)
     site.nothing_is_left()
 
 

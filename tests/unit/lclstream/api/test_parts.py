@@ -206,7 +206,7 @@ def test_what_only_the_data_can_tell_is_not_guessed(
 
 def row(**changes: Any) -> TransferRow:
     endpoint = {"input": "tcp://h:1", "output": "tcp://h:2", "status": "https://h:3"}
-    return TransferRow(**{"id": 7, "ranks": 4, "producers": 2, "endpoints": [endpoint], **changes})
+    return TransferRow(**{"id": 7, "ranks": 4, "producers": 2, "endpoints": [endpoint], "sentinel": 1, **changes})
 
 
 def test_the_job_scripts_carry_ports_names_and_ranks_and_quote_everything(settings: Callable[..., ApiConfig]) -> None:
@@ -214,6 +214,8 @@ def test_the_job_scripts_carry_ports_names_and_ranks_and_quote_everything(settin
     buffer = launch.buffer_job(row(), 0, config)
     assert "--name transfer-7-0 --in tcp://h:1 --out tcp://h:2 --capacity '2 GiB' --producers 2" in buffer.script
     assert "--status https://h:3" in buffer.script
+    assert "--sentinel 1 " in buffer.script
+    assert "--sentinel 0 " in launch.buffer_job(row(sentinel=0), 0, config).script
     assert f"--tls-ca {config.credentials}/known_clients/org.crt --summary buffer.json" in buffer.script
     assert buffer.callback == "https://127.0.0.1:8446/v1/callback/forwarder"
     engine = launch.engine_job(row(), config)

@@ -214,6 +214,20 @@ def test_a_dry_run_tells_what_would_be_started_and_starts_nothing(
         alice.plan({})
 
 
+def test_the_end_is_marked_for_our_clients_and_for_others_as_the_site_has_it(
+    alice: TransferClient, raw: httpx.Client, configuration: dict[str, Any]
+) -> None:
+    """The published clients keep each message as a file: an empty one at the end would be one too many."""
+
+    def script(**params: str) -> str:
+        answer = raw.post("/v1/transfers", json=configuration, params={"dry_run": "true", **params})
+        return str(answer.json()["scripts"]["buffer"])
+
+    assert "--sentinel 0 " in script()
+    assert "--sentinel 3 " in script(sentinel="3")
+    assert "--sentinel 1 " in alice.plan(configuration).scripts["buffer"]
+
+
 def test_a_transfer_with_several_buffers_gives_all_their_addresses(
     alice: TransferClient, configuration: dict[str, Any], wait_until: Callable[..., None]
 ) -> None:
