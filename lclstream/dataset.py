@@ -23,7 +23,8 @@ With PyTorch, which this module does not need, workers read a filled cache in sh
     frames = Frames(...); frames.fill()       # once, before the workers start
     loader = torch.utils.data.DataLoader(frames, batch_size=None, num_workers=4)
 
-A cache is a folder ``<cache_dir>/<key>`` with the files ``000000.h5`` and so on (messages as they came),
+A cache is a folder ``<cache_dir>/<key>`` with the files ``000000.h5`` and so on (messages as they came; ``.cbor`` for
+the Simplon formats, with ``head-000000.cbor`` for what begins and ends a series and says what its images are),
 ``index.jsonl`` (a line for each of them), ``source.json`` (what it was made from) and, once the end of the stream was
 seen, ``complete.json``. Only one process at a time fills it (a lock on ``lock``); any number reads.
 """
@@ -34,7 +35,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -43,7 +44,8 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
-from lclstream.client.batch import Batch, decode
+from lclstream.client.batch import HDF5_SIGNATURE, Batch
+from lclstream.client.decoding import Decoder
 from lclstream.client.encryption import context_for
 from lclstream.client.errors import StreamError
 from lclstream.client.pulling import TIMEOUT_S, pull
@@ -106,6 +108,7 @@ class StreamDataset:
         self._ranks = ranks
         self._shuffle_seed = shuffle_seed
         self._epoch = 0
+        self._decoders: dict[int, Decoder] = {}
 
     @property
     def complete(self) -> bool:
@@ -115,7 +118,7 @@ class StreamDataset:
     @property
     def cached_events(self) -> int:
         """Events in the cache now."""
-        return sum(entry["events"] for entry in self._index())
+        return sum(entry["events"] for entry in self._entries())
 
     def __iter__(self) -> Iterator[Batch]:
         """One epoch; see :meth:`batches`."""
@@ -133,7 +136,7 @@ class StreamDataset:
         """
         which, of = shard
         if self.complete:
-            entries = self._index()
+            entries = self._entries()
             if self._shuffle_seed is not None:
                 np.random.default_rng([self._shuffle_seed, self._epoch]).shuffle(entries)
             self._epoch += 1
@@ -161,21 +164,24 @@ class StreamDataset:
         with self._locked():
             source = {"url": self._url} if self._url else {"configuration": self._config}
             write_whole(self.folder / "source.json", json.dumps(source, indent=2, default=str).encode())
-            entries = self._index()
+            entries, heads = self._entries(), len(self._heads())
             known = _Known()
             for entry in entries:
                 batch = self._read(entry)
                 known.add(batch, entry["sha256"])
                 yield batch
             total = len(entries)
-            for number, message in enumerate(self._stream()):
-                batch = decode(message, name=f"message {number}")
+            for message, content in _decoded(self._stream()):
+                if content is None:
+                    self._store_head(heads, message)
+                    heads += 1
+                    continue
                 digest = hashlib.sha256(message).hexdigest()
-                keep = known.new(batch, digest)
+                keep = known.new(content, digest)
                 if keep is not None and not len(keep):
                     continue
-                stored = batch if keep is None else batch.only(keep)
-                self._store(total, message, digest, stored.events, keep)
+                stored = content if keep is None else content.only(keep)
+                self._store(total, message, digest, stored.events, keep, heads)
                 known.add(stored, digest)
                 total += 1
                 yield stored
@@ -209,20 +215,40 @@ class StreamDataset:
         ):
             yield from transfer.messages()
 
-    def _store(self, number: int, message: bytes, digest: str, events: int, keep: npt.NDArray[np.int64] | None) -> None:
-        name = f"{number:06d}.h5"
-        write_whole(self.folder / name, message)
-        # The line comes after the file: a crash between the two leaves a file that is written again, never a line
-        # without its file.
-        entry = {
+    def _store(
+        self, number: int, message: bytes, digest: str, events: int, keep: npt.NDArray[np.int64] | None, heads: int
+    ) -> None:
+        hdf5 = message.startswith(HDF5_SIGNATURE)
+        name = f"{number:06d}.{'h5' if hdf5 else 'cbor'}"
+        entry: dict[str, Any] = {
             "file": name,
             "bytes": len(message),
             "sha256": digest,
             "events": events,
             "keep": None if keep is None else keep.tolist(),
         }
+        if not hdf5:
+            entry["heads"] = heads
+        self._write(name, message, entry)
+
+    def _store_head(self, number: int, message: bytes) -> None:
+        """Keep what images after it cannot be read without; it has no events of its own."""
+        name = f"head-{number:06d}.cbor"
+        self._write(name, message, {"head": name, "bytes": len(message)})
+
+    def _write(self, name: str, message: bytes, entry: Mapping[str, Any]) -> None:
+        write_whole(self.folder / name, message)
+        # The line comes after the file: a crash between the two leaves a file that is written again, never a line
+        # without its file.
         with (self.folder / "index.jsonl").open("a") as index:
             index.write(json.dumps(entry) + "\n")
+
+    def _entries(self) -> list[dict[str, Any]]:
+        """What is known of each message with events."""
+        return [entry for entry in self._index() if "file" in entry]
+
+    def _heads(self) -> list[dict[str, Any]]:
+        return [entry for entry in self._index() if "head" in entry]
 
     def _index(self) -> list[dict[str, Any]]:
         path = self.folder / "index.jsonl"
@@ -239,17 +265,28 @@ class StreamDataset:
             raise CacheError(f"{path} is damaged ({error}): delete {self.folder} to stream again") from error
 
     def _read(self, entry: Mapping[str, Any]) -> Batch:
-        path = self.folder / entry["file"]
+        decoder = self._decoder(entry.get("heads", 0))
+        (batch,) = decoder.feed(self._bytes(entry["file"], entry["bytes"]), name=str(self.folder / entry["file"]))
+        return batch if entry["keep"] is None else batch.only(np.array(entry["keep"], np.int64))
+
+    def _decoder(self, heads: int) -> Decoder:
+        """A decoder that knows what the stream had said when a message came."""
+        if heads not in self._decoders:
+            decoder = Decoder()
+            for entry in self._heads()[:heads]:
+                decoder.feed(self._bytes(entry["head"], entry["bytes"]), name=str(self.folder / entry["head"]))
+            self._decoders[heads] = decoder
+        return self._decoders[heads]
+
+    def _bytes(self, name: str, size: int) -> bytes:
+        path = self.folder / name
         try:
             message = path.read_bytes()
         except OSError as error:
             raise CacheError(f"{path}: {error}; delete {self.folder} to stream again") from error
-        if len(message) != entry["bytes"]:
-            raise CacheError(
-                f"{path} has {len(message)} bytes instead of {entry['bytes']}: delete {self.folder} to stream again"
-            )
-        batch = decode(message, name=str(path))
-        return batch if entry["keep"] is None else batch.only(np.array(entry["keep"], np.int64))
+        if len(message) != size:
+            raise CacheError(f"{path} has {len(message)} bytes instead of {size}: delete {self.folder} to stream again")
+        return message
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -266,6 +303,26 @@ class StreamDataset:
             file.write(str(os.getpid()))
             file.flush()
             yield
+
+
+def _decoded(messages: Iterable[bytes]) -> Iterator[tuple[bytes, Batch | None]]:
+    """Messages with what is in them; None for one that has no events and only says what others mean.
+
+    Simplon 1.8 images that come before the start message, which says their shape, are given after it.
+    """
+    decoder = Decoder()
+    waiting: list[bytes] = []
+    for number, message in enumerate(messages):
+        batches = decoder.feed(message, name=f"message {number}")
+        if message[:1] == b"m" and not batches:
+            waiting.append(message)
+        elif message[:1] == b"c" or not batches:
+            yield message, None
+            yield from zip(waiting, batches, strict=True)
+            waiting.clear()
+        else:
+            yield message, batches[0]
+    decoder.end()
 
 
 class _Known:

@@ -6,16 +6,23 @@ import io
 import itertools
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 import pytest
 
 from lclstream.client import BrokenStream, NoPeerError, StreamError, push
+from lclstream.client.batch import Batch
 from lclstream.dataset import CacheError, StreamDataset, configuration_key
+from lclstreamer import models
+from lclstreamer.events import Event, RunInfo
+from lclstreamer.serializers.base import SerializerContext
+from lclstreamer.serializers.simplon import SimplonBinarySerializer
+from lclstreamer.serializers.simplon_v2 import SimplonV2Serializer
 
 
 def message(first: int, count: int, *, times: bool = True) -> bytes:
@@ -202,3 +209,97 @@ def _impatient(url: str, **options):
     from lclstream.client import pull
 
     return pull(url, **options, connect_timeout_s=0.2)
+
+
+def simplon(version: str, events: int) -> list[bytes]:
+    """The messages of two ranks, as they may arrive: those of the rank that begins the series not first."""
+    ranks = []
+    for rank in (0, 1):
+        context = SerializerContext("exp=mfx", "ab" * 32, "1.0", rank=rank, size=2)
+        common: dict[str, Any] = {
+            "data_source_to_serialize": "image",
+            "detector_name": "jungfrau",
+            "detector_type": "x",
+        }
+        serializer: Any
+        if version == "v2":
+            options = models.SimplonV2Serializer(type="SimplonV2Serializer", **common)
+            serializer = SimplonV2Serializer(options, context)
+        else:
+            old = models.SimplonBinarySerializer(
+                type="SimplonBinarySerializer",
+                polarization_fraction=0,
+                polarization_axis=[1.0, 0.0, 0.0],
+                data_collection_rate="120Hz",
+                **common,
+            )
+            serializer = SimplonBinarySerializer(old, context)
+        messages = []
+        for index in range(rank, events, 2):
+            values = {
+                "timestamp": np.array(float((1_112_090_400 << 32) + 8_333_333 * index)),
+                "image": np.full((2, 8, 8), index, np.uint16),
+                "detector_geometry": np.array(["jungfrau_1", "geometry text"]),
+                "run_info": np.array(["mfx100852324", "123", "51", "exp=mfx100852324,run=51"]),
+            }
+            event = Event(values, index, RunInfo("mfx100852324", 51), 1_743_242_400_000_000_000 + 8_333_333 * index)
+            messages += [bytes(one) for one in serializer.add(event)]
+        ranks.append(messages + [bytes(one) for one in serializer.end()])
+    # Two images of rank 0, then both ranks in turn; rank 0 ends before the other.
+    return [
+        *ranks[0][:2],
+        *(one for pair in itertools.zip_longest(ranks[1], ranks[0][2:]) for one in pair if one is not None),
+    ]
+
+
+def contents(batches: Iterable[Batch]) -> dict[int, tuple[dict[str, Any], dict[str, Any]]]:
+    """Value of an image to all that its batch says."""
+    found = {}
+    for batch in batches:
+        (image,) = (path for path in batch if path.startswith("/data/"))
+        assert batch[image].dtype == np.uint16
+        number = int(batch[image].flat[0])
+        assert (batch[image] == number).all()
+        assert number not in found
+        found[number] = ({path: batch[path].tolist() for path in batch}, batch.attributes)
+    return found
+
+
+@pytest.mark.parametrize("version", ["1.8", "v2"])
+def test_simplon_streams_are_stored_with_what_their_start_messages_say(make, version):
+    dataset, url = make(shuffle_seed=3)
+    with streamed(url, simplon(version, 20)):
+        first = contents(dataset)
+    assert sorted(first) == list(range(20))
+    assert dataset.cached_events == 20
+    later = contents(dataset)
+    assert later.keys() == first.keys()
+    for number, (arrays, about) in first.items():
+        assert later[number][0] == arrays
+        assert later[number][1] == about
+        assert about["experiment"] == "mfx100852324"
+    dataset, _ = make()  # each worker has a data set of its own
+    shares = [contents(dataset.batches(shard=(which, 3))) for which in range(3)]
+    assert sorted(number for share in shares for number in share) == list(range(20))
+
+
+@pytest.mark.parametrize("version", ["1.8", "v2"])
+def test_an_interrupted_simplon_stream_is_resumed_without_losing_or_repeating_an_event(make, version):
+    dataset, url = make()
+    with streamed(url, simplon(version, 20)):
+        begun = contents(itertools.islice(dataset, 7))
+    assert len(begun) == 7
+    assert not dataset.complete
+    with streamed(url, simplon(version, 20)):
+        assert sorted(contents(dataset)) == list(range(20))
+    assert dataset.complete
+    assert sorted(contents(dataset)) == list(range(20))
+
+
+def test_simplon_images_without_their_start_message_leave_the_cache_incomplete(make):
+    dataset, url = make()
+    images = [one for one in simplon("1.8", 6) if one[:1] == b"m"]
+    with streamed(url, images), pytest.raises(StreamError, match="no start message"):
+        dataset.fill()
+    assert not dataset.complete
+    assert dataset.cached_events == 0
