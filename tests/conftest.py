@@ -143,7 +143,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Child]]:
 class Superfacility:
     """A Superfacility stand-in as a process, with one client and its user's folder."""
 
-    def __init__(self, folder: Path, machine: dict[str, object], env: dict[str, str]) -> None:
+    def __init__(self, folder: Path, machine: dict[str, object], env: dict[str, str], **more: object) -> None:
         import yaml
 
         from lclstream.superfacility.keys import make_client
@@ -166,6 +166,7 @@ class Superfacility:
             "projects": [{"name": "m1234", "description": "streams", "users": ["ada"]}],
             "status": str(self.status),
             "cancel_jobs_on_exit": True,
+            **more,
         }
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
         self._command = [
@@ -205,8 +206,8 @@ def make_superfacility(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cal
     """``make_superfacility({"type": "local"}, env)`` starts a stand-in whose machine `perlmutter` is that backend."""
     made: list[Superfacility] = []
 
-    def make(machine: dict[str, object], env: dict[str, str] | None = None) -> Superfacility:
-        made.append(Superfacility(tmp_path_factory.mktemp("superfacility"), machine, env or {}))
+    def make(machine: dict[str, object], env: dict[str, str] | None = None, **more: object) -> Superfacility:
+        made.append(Superfacility(tmp_path_factory.mktemp("superfacility"), machine, env or {}, **more))
         return made[-1]
 
     yield make

@@ -26,8 +26,10 @@ from lclstream.security.errors import AuthenticationError, CredentialsError, Pee
 from lclstream.security.http import explain
 
 with warnings.catch_warnings():
+    import authlib.deprecate  # has its warnings shown always, so it comes before the next line
+
     # About another HTTP library, at every start of every task; nobody who uses us can do anything about it.
-    warnings.simplefilter("ignore", DeprecationWarning)
+    warnings.simplefilter("ignore", authlib.deprecate.AuthlibDeprecationWarning)
     from authlib.integrations.base_client.errors import OAuthError
     from sfapi_client import AsyncClient
     from sfapi_client.compute import AsyncCompute, Machine

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, TaskDeferred
 
-pytest.importorskip("sfapi_client", reason="sfapi_client is not installed: pip install 'lclstream[superfacility]'")
+pytest.importorskip("lclstream.superfacility.client", reason="needs pip install 'lclstream[superfacility]'")
 
 from lclstream.security.errors import ServiceError, UnreachableError
 from lclstream.superfacility.client import SuperfacilityClient

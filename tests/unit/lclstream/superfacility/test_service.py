@@ -14,7 +14,7 @@ import httpx
 import jwt
 import pytest
 
-pytest.importorskip("sfapi_client", reason="sfapi_client is not installed: pip install 'lclstream[superfacility]'")
+pytest.importorskip("lclstream.superfacility.client", reason="needs pip install 'lclstream[superfacility]'")
 
 from sfapi_client import AsyncClient
 from sfapi_client.compute import Machine
