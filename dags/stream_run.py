@@ -67,6 +67,10 @@ PARAMETERS: dict[str, Any] = {
             "description": "which of the analysis' results become run parameters; all of them when it is not there",
         },
         "ranks": {"type": ["integer", "null"], "minimum": 1, "description": "MPI ranks of the engine"},
+        "on_no_consumer": {
+            "enum": ["prefer_spill", "spill", "wait"],
+            "description": "while no analysis pulls: go on into files (where the service can, or always), or wait",
+        },
         "lease_s": {"type": "number", "minimum": 10, "description": "the stream ends when nobody cared that long"},
         "lclstream_conn_id": {"type": "string", "description": "connection of the transfer service"},
         "psik_conn_id": {"type": "string", "description": "connection of the job service where the analysis runs"},
@@ -110,6 +114,8 @@ with DAG(
         ranks="{{ params.parameters.ranks | default('', true) }}",
         transfer_name="{{ params.experiment }}-r{{ params.run }}",
         wait_for="ready",
+        # The analysis may wait in a queue: a live run does not wait for it.
+        on_no_consumer="{{ params.parameters.on_no_consumer | default('prefer_spill') }}",
         # A buffer is there within seconds when its node is free; on a busy one the triggerer waits.
         prompt_s=10,
         lease_s=LEASE_S,

@@ -42,6 +42,9 @@ class LCLStreamTransferOperator(RemoteWorkOperator):
         digits and ``. _ : -`` become ``-``
     :param wait_for: ``"ready"`` (default): until consumers can connect; ``"complete"``: until everything was delivered
         and the transfer's ports are free. Somebody must pull for that
+    :param on_no_consumer: what the buffer does while nobody pulls: ``"wait"`` (default): it holds up the engine when
+        its memory is full; ``"spill"``: it goes on into files, and keeps what nobody ever pulls; ``"prefer_spill"``:
+        into files where the service can do that, otherwise it waits
     :param lease_s: the service ends the transfer when nobody has renewed its lease for that long, in seconds. The wait
         renews it; after ``"ready"`` a later sensor has to. None: no lease, so that **nothing** ends the transfer when
         Airflow is gone
@@ -55,6 +58,7 @@ class LCLStreamTransferOperator(RemoteWorkOperator):
         "values",
         "ranks",
         "transfer_name",
+        "on_no_consumer",
         "lease_s",
         "lclstream_conn_id",
     )
@@ -70,6 +74,7 @@ class LCLStreamTransferOperator(RemoteWorkOperator):
         ranks: int | str | None = None,
         transfer_name: str | None = None,
         wait_for: Literal["ready", "complete"] = "ready",
+        on_no_consumer: Literal["wait", "spill", "prefer_spill"] | str = "wait",
         lease_s: float | str | None = 60.0,
         lclstream_conn_id: str = LCLStreamHook.default_conn_name,
         **kwargs: Any,
@@ -80,6 +85,7 @@ class LCLStreamTransferOperator(RemoteWorkOperator):
         self.ranks = ranks
         self.transfer_name = transfer_name
         self.wait_for = wait_for
+        self.on_no_consumer = on_no_consumer
         self.lease_s = lease_s
         self.lclstream_conn_id = lclstream_conn_id
         self._hook: LCLStreamHook | None = None
@@ -98,6 +104,8 @@ class LCLStreamTransferOperator(RemoteWorkOperator):
         """See :meth:`RemoteWorkOperator.prepare`."""
         if self.wait_for not in ("ready", "complete"):
             raise ValueError(f"wait_for is {self.wait_for!r}: it may be 'ready' or 'complete'")
+        if self.on_no_consumer not in ("wait", "spill", "prefer_spill"):
+            raise ValueError(f"on_no_consumer is {self.on_no_consumer!r}: it may be 'wait', 'spill' or 'prefer_spill'")
         self._document = load_document(self.config, self.values or {}, "config")
         name = self.transfer_name or f"{context['ti'].dag_id}.{context['ti'].run_id}"
         self._name = _NO_NAME.sub("-", name)[:_LONGEST_NAME]
@@ -106,17 +114,28 @@ class LCLStreamTransferOperator(RemoteWorkOperator):
 
     def start(self, key: str) -> Remote:
         """See :meth:`RemoteWorkOperator.start`."""
+        spill = self.on_no_consumer != "wait"
+        try:
+            status = self._request(key, "spill" if spill else None)
+        except ServiceError as error:
+            if self.on_no_consumer != "prefer_spill" or error.status != 422 or "on_no_consumer" not in str(error):
+                raise
+            self.log.info("The service keeps nothing in files: while nobody pulls, the buffer holds up the engine")
+            status = self._request(key, None)
+        self._last = status
+        return self._remote(status)
+
+    def _request(self, key: str, on_no_consumer: Literal["wait", "spill"] | None) -> TransferStatus:
         with self.hook.get_conn() as client:
-            status = client.request(
+            return client.request(
                 self._document,
                 lease_s=self._lease(),
                 ranks=None if self.ranks in (None, "") else int(self.ranks or 0),
                 name=self._name,
+                on_no_consumer=on_no_consumer,
                 idempotency_key=key,
                 tags=self.tags,
             )
-        self._last = status
-        return self._remote(status)
 
     def state(self, remote_id: str | int) -> Remote:
         """See :meth:`RemoteWorkOperator.state`."""
@@ -147,6 +166,10 @@ class LCLStreamTransferOperator(RemoteWorkOperator):
             patience_s=self.patience_s,
             on_kill_policy=self.on_kill_policy,
         )
+
+    def lasts(self) -> Literal["task", "run"]:
+        """See :meth:`RemoteWorkOperator.lasts`: a stream that is ready is pulled by other tasks."""
+        return "run" if self.wait_for == "ready" else "task"
 
     def cancel(self, remote_id: str | int) -> None:
         """See :meth:`RemoteWorkOperator.cancel`."""

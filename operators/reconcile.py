@@ -6,8 +6,8 @@ task ends it. What Airflow says about those decides:
 ================================  ==========================  =========================================================
 DAG run                           task                        verdict
 ================================  ==========================  =========================================================
-queued or running                 succeeded                   a transfer is *wanted*: it outlives the task that asked
-                                                              for it; a job is an *orphan*
+queued or running                 succeeded                   *wanted* when it lasts until the DAG run's end, as a
+                                                              stream that others pull; otherwise an *orphan*
 queued or running                 failed, skipped, removed,   *orphan*
                                   not there
 queued or running                 anything else               *wanted*
@@ -82,9 +82,10 @@ class Work:
         return f"{self.tags.get('dag_id')} / {self.tags.get('run_id')} / {self.tags.get('task_id')}{index}"
 
 
-def verdict(kind: Kind, policy: str, run_is_live: bool, task_state: str | None, task_is_there: bool) -> Verdict:
+def verdict(lasts: str, policy: str, run_is_live: bool, task_state: str | None, task_is_there: bool) -> Verdict:
     """See the table in the module's text.
 
+    :param lasts: the tag ``lasts``: ``run`` for what outlives its task
     :param policy: the tag ``on_kill``
     :param run_is_live: whether its DAG run is queued or running
     :param task_state: its task's state; None: it has not begun
@@ -94,7 +95,7 @@ def verdict(kind: Kind, policy: str, run_is_live: bool, task_state: str | None, 
         return Verdict.LEFT
     if not run_is_live or not task_is_there or task_state in _TASK_OVER:
         return Verdict.ORPHAN
-    if task_state == "success" and kind is Kind.JOB:
+    if task_state == "success" and lasts != "run":
         return Verdict.ORPHAN
     return Verdict.WANTED
 
@@ -211,7 +212,7 @@ class ReconcileOperator(BaseOperator):
         states = ti.get_task_states(dag_id, task_ids=[task_id], run_ids=[run_id]).get(run_id) or {}
         task = task_id if index is None else f"{task_id}_{index}"
         return verdict(
-            work.kind,
+            work.tags.get("lasts", ""),
             policy=work.tags.get("on_kill", ""),
             run_is_live=ti.get_dr_count(dag_id, run_ids=[run_id], states=list(_LIVE_RUN)) > 0,
             task_state=states.get(task),

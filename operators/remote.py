@@ -24,7 +24,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from airflow.sdk import BaseOperator
 from airflow.sdk.configuration import conf
@@ -90,8 +90,10 @@ def installation() -> str:
     return str(conf.get("api", "base_url", fallback=None) or "http://localhost:8080")
 
 
-def work_tags(context: Context, policy: OnKill) -> dict[str, str]:
+def work_tags(context: Context, policy: OnKill, lasts: Literal["task", "run"]) -> dict[str, str]:
     """What remote work carries so that the reconciler knows whose it is: installation, DAG, run, task, try, policy.
+
+    :param lasts: whether the work is wanted until its task ends, or until its DAG run does
 
     Empty when an id cannot be written as a tag: work under a changed name would look like nobody's, and be ended.
     """
@@ -103,6 +105,7 @@ def work_tags(context: Context, policy: OnKill) -> dict[str, str]:
         "task_id": ti.task_id,
         "try": str(ti.try_number),
         "on_kill": policy.value,
+        "lasts": lasts,
     }
     if ti.map_index is not None and ti.map_index >= 0:
         tags["map_index"] = str(ti.map_index)
@@ -182,6 +185,10 @@ class RemoteWorkOperator(BaseOperator):
     def finish(self, context: Context, remote_id: str | int, facts: dict[str, Any]) -> dict[str, Any]:
         """What the task returns, after what was waited for is there."""
 
+    def lasts(self) -> Literal["task", "run"]:
+        """Whether the work is wanted until this task ends, or until its DAG run does."""
+        return "task"
+
     def explain(self, remote_id: str | int) -> str:
         """What else a message about failed work should say."""
         del remote_id
@@ -194,7 +201,7 @@ class RemoteWorkOperator(BaseOperator):
             AirflowFailException: it would fail in the same way if it were tried again.
             AirflowException: it failed; `retries` may help.
         """
-        self.tags = work_tags(context, self.on_kill_policy)
+        self.tags = work_tags(context, self.on_kill_policy, self.lasts())
         try:
             self.prepare(context)
             # Wrong arguments of the trigger must show before anything runs.

@@ -98,6 +98,8 @@ class TransferService:
         #: Called before each answer to GET /transfers/{id}.
         self.before_info: Callable[[Scripted], None] = lambda transfer: None
         self.first_phase = TransferPhase.requested
+        self.on_no_consumer = ["wait", "spill"]
+        self.asked_on_no_consumer: list[str] = []
         self.requests: list[dict[str, Any]] = []
         self.url = ""
         self.app = self._app()
@@ -124,12 +126,17 @@ class TransferService:
             lease_s: float | None = None,
             ranks: int | None = None,
             name: str = "",
+            on_no_consumer: str = "wait",
             tag: Annotated[list[str] | None, Query()] = None,
         ) -> TransferStatus:
             if self.failures:
                 raise HTTPException(self.failures.pop(0), "scripted")
+            if on_no_consumer not in self.on_no_consumer:
+                detail = [{"loc": ["query", "on_no_consumer"], "msg": "nothing is kept", "type": "value_error"}]
+                raise HTTPException(422, detail)
             key, config = request.headers.get("idempotency-key"), await request.json()
             self.requests.append({"key": key, "config": config, "lease_s": lease_s, "ranks": ranks, "name": name})
+            self.asked_on_no_consumer.append(on_no_consumer)
             for transfer in self.transfers.values():
                 if key is not None and transfer.key == key:
                     if transfer.config != config:

@@ -280,6 +280,20 @@ def test_a_stream_is_ended_by_its_own_operator(transfers: Any, context: dict[str
     assert LCLStreamCancelOperator(task_id="cancel", transfer_id=99).execute(context) == 99
 
 
+def test_a_stream_goes_into_files_where_the_service_can_do_that(transfers: Any, context: dict[str, Any]) -> None:
+    transfers.first_phase = TransferPhase.ready
+    for number, can in enumerate((["wait", "spill"], ["wait"])):
+        context["ti"].run_id = f"run{number}"
+        transfers.on_no_consumer = can
+        transfer_operator(on_no_consumer="prefer_spill", prompt_s=10).execute(context)
+    assert transfers.asked_on_no_consumer == ["spill", "wait"]
+    context["ti"].run_id = "run3"
+    with pytest.raises(AirflowFailException, match="nothing is kept"):
+        transfer_operator(on_no_consumer="spill", prompt_s=10).execute(context)
+    with pytest.raises(AirflowFailException, match="it may be 'wait', 'spill' or 'prefer_spill'"):
+        transfer_operator(on_no_consumer="drop").execute(context)
+
+
 def test_the_sensor_waits_in_the_triggerer(transfers: Any, context: dict[str, Any]) -> None:
     transfers.add()
     deferral = deferred(NNGBufferSensor(task_id="flow", transfer_id="1", until="flowing", lease_s="120"), context)

@@ -13,28 +13,30 @@ from lclstream.api.models import TransferPhase
 from lclstream.jobs.client import JobClient
 from lclstream.jobs.models import JobSpec, JobState
 from lclstream_airflow.operators import reconcile
-from lclstream_airflow.operators.reconcile import Kind, ReconcileOperator, Verdict, verdict
+from lclstream_airflow.operators.reconcile import ReconcileOperator, Verdict, verdict
 from lclstream_airflow.operators.remote import installation, work_tags
 from lclstream_airflow.triggers.polling import OnKill
 
+LASTS = ("task", "run")
+
 
 @pytest.mark.parametrize(
-    ("kind", "policy", "run_is_live", "task_state", "task_is_there", "said"),
+    ("lasts", "policy", "run_is_live", "task_state", "task_is_there", "said"),
     [
-        (Kind.TRANSFER, "cancel", True, "success", True, Verdict.WANTED),
-        (Kind.JOB, "cancel", True, "success", True, Verdict.ORPHAN),
-        *((kind, "cancel", True, state, True, Verdict.WANTED) for kind in Kind for state in (None, "deferred")),
-        *((kind, "cancel", True, state, True, Verdict.ORPHAN) for kind in Kind for state in ("failed", "removed")),
-        (Kind.JOB, "cancel", True, None, False, Verdict.ORPHAN),
-        (Kind.TRANSFER, "cancel", False, "success", True, Verdict.ORPHAN),
-        (Kind.JOB, "cancel", False, "deferred", True, Verdict.ORPHAN),
-        (Kind.JOB, "leave", False, None, False, Verdict.LEFT),
+        ("run", "cancel", True, "success", True, Verdict.WANTED),
+        ("task", "cancel", True, "success", True, Verdict.ORPHAN),
+        *((lasts, "cancel", True, state, True, Verdict.WANTED) for lasts in LASTS for state in (None, "deferred")),
+        *((lasts, "cancel", True, state, True, Verdict.ORPHAN) for lasts in LASTS for state in ("failed", "removed")),
+        ("task", "cancel", True, None, False, Verdict.ORPHAN),
+        ("run", "cancel", False, "success", True, Verdict.ORPHAN),
+        ("task", "cancel", False, "deferred", True, Verdict.ORPHAN),
+        ("task", "leave", False, None, False, Verdict.LEFT),
     ],
 )  # fmt: skip
 def test_what_airflow_says_decides(
-    kind: Kind, policy: str, run_is_live: bool, task_state: str | None, task_is_there: bool, said: Verdict
+    lasts: str, policy: str, run_is_live: bool, task_state: str | None, task_is_there: bool, said: Verdict
 ) -> None:
-    assert verdict(kind, policy, run_is_live, task_state, task_is_there) is said
+    assert verdict(lasts, policy, run_is_live, task_state, task_is_there) is said
 
 
 class Airflow:
@@ -64,6 +66,7 @@ def tags(run_id: str, task_id: str = "analyse", **more: str) -> dict[str, str]:
         "run_id": run_id,
         "task_id": task_id,
         "on_kill": "cancel",
+        "lasts": "run",
     }
     return {**ours, **more}
 
@@ -87,7 +90,7 @@ def test_orphans_are_ended_and_the_rest_is_left_alone(transfers: Any, jobs: JobC
     }
     transfers.first_phase = TransferPhase.producing
     for run_id in ("live", "over", "deleted"):
-        transfers.add().tags = tags(run_id, "request_stream")
+        transfers.add().tags = tags(run_id, "request_stream", lasts="run")
     asked: dict[str, str | None] = {"request_stream": "success"}
     airflow = Airflow(
         {
@@ -175,11 +178,11 @@ def test_when_airflow_cannot_be_asked_nothing_is_ended(transfers: Any, jobs: Job
 def test_tags_say_whose_work_it_is() -> None:
     ti = SimpleNamespace(dag_id="d", run_id="mfx__r0007", task_id="t", map_index=-1, try_number=2)
     context: Any = {"ti": ti}
-    assert work_tags(context, OnKill.CANCEL) == {
+    assert work_tags(context, OnKill.CANCEL, "run") == {
         "airflow": installation(), "dag_id": "d", "run_id": "mfx__r0007", "task_id": "t", "try": "2",
-        "on_kill": "cancel",
+        "on_kill": "cancel", "lasts": "run",
     }  # fmt: skip
     ti.map_index, ti.run_id = 0, "with\na line break"
-    assert work_tags(context, OnKill.LEAVE) == {}, "under a changed name it would look like nobody's"
+    assert work_tags(context, OnKill.LEAVE, "task") == {}, "under a changed name it would look like nobody's"
     ti.run_id = "a"
-    assert work_tags(context, OnKill.LEAVE)["map_index"] == "0"
+    assert work_tags(context, OnKill.LEAVE, "task")["map_index"] == "0"
