@@ -6,15 +6,22 @@ stand-in takes its place that refuses when it is asked for a ticket.
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import importlib.util
 import os
 import sys
+import time
 import types
 import warnings
 from functools import cache
 from typing import Any
 
 from lclstreamer.errors import ConfigurationError
+
+#: How long to wait for a monitoring server.
+MONITOR_S = 60.0
+_QUEUE = "/PdsFromMonitorDiscovery_{}"
 
 
 class _NoTicket:
@@ -65,6 +72,27 @@ def psana2() -> Any:
                 f"psana is installed but cannot be imported ({error}); for LCLS-II data psana 4.3 or later is needed"
             ) from error
     return psana
+
+
+def await_monitor(tag: str, timeout: float) -> bool:
+    """Wait for the message queue by which a monitoring server announces its shared memory; whether it came in time.
+
+    psana itself waits for it without bound, and in compiled code, where no signal ends it.
+    """
+    library = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(library, "mq_open"):  # in an older glibc
+        library = ctypes.CDLL("librt.so.1", use_errno=True)
+    deadline = time.monotonic() + timeout
+    while True:
+        queue = library.mq_open(_QUEUE.format(tag).encode(), os.O_WRONLY | os.O_NONBLOCK)
+        if queue >= 0:
+            library.mq_close(queue)
+            return True
+        if ctypes.get_errno() != errno.ENOENT:
+            return True  # it is there, and psana will say what is wrong with it
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.1)
 
 
 def divide_by_psana() -> None:

@@ -37,8 +37,15 @@ def call_of(place: str, detector: Any, psana_name: str, chain: str) -> Callable[
     except TypeError:
         return lambda event: found()
     except ValueError:  # a compiled function that does not tell its arguments
-        pass
+        return lambda event: _either(found, event)
     return found  # type: ignore[no-any-return]
+
+
+def _either(function: Any, event: Any) -> Any:
+    try:
+        return function(event)
+    except TypeError:
+        return function()
 
 
 def not_there(place: str, wanted: str, where: str, detectors: Iterable[str], variables: Iterable[str]) -> SourceError:

@@ -110,13 +110,26 @@ class Psana2EventSource(EventSource):
             return (self._opened(psana.DataSource, files=[str(path)], **options) for path in source.paths())
         if source.exp is not None:
             return iter((self._experiment(psana, options, by_psana),))
-        key = "shmem" if source.shmem is not None else "drp"
-        return iter((self._opened(psana.DataSource, **{key: source.shmem or source.drp}, **options),))
+        if source.shmem is None:
+            return iter((self._opened(psana.DataSource, drp=source.drp, **options),))
+        if not _psana.await_monitor(source.shmem, _psana.MONITOR_S):
+            raise SourceError(
+                f"source_identifier: no monitoring server offers the shared memory {source.shmem!r} on this machine "
+                f"since {_psana.MONITOR_S:g} s: run this beside the server, with the tag it was started with"
+            )
+        return iter((self._opened(psana.DataSource, shmem=source.shmem, **options),))
 
     def _opened(self, make: Any, **options: Any) -> Any:
         try:
             return make(**options)
         except (OSError, AssertionError, RuntimeError, SystemExit, AttributeError, StopIteration) as error:
+            if "drp" in options:
+                raise SourceError(
+                    f"source_identifier: drp={options['drp']} cannot be opened: psana reads from the data acquisition "
+                    f"only in a process that the data acquisition itself has started ({error})"
+                ) from error
+            if "shmem" in options:
+                raise SourceError(f"source_identifier: shmem={options['shmem']} cannot be opened: {error}") from error
             what = options.get("files", [self.context.source_identifier])[0]
             # On a file that is no xtc2, psana 4.3 fails to log its own failure: the reason stands behind that error.
             reason = error.__context__ if isinstance(error, AttributeError) and error.__context__ else error
