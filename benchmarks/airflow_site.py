@@ -1,4 +1,4 @@
-"""Airflow's four parts and every service its tasks drive, on loopback, for measurements and tests that need them all."""
+"""Airflow's four parts and every service its tasks drive, on loopback: for figures and tests that need them all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What survives when things are killed: ``python benchmarks/chaos.py transfers --trials 100``, ``… arp --events 1000``.
+"""What survives when things are killed: ``python benchmarks/chaos.py transfers|arp|airflow``.
 
 Prints a table for people and, with ``--json FILE``, the same for programs. Ends with 1 when something was lost, left
 behind, or done twice.
@@ -17,13 +17,25 @@ from typing import Any
 #: Sub-command -> the module that does it (`add_arguments`, `main`), and the counts that must be zero.
 COMMANDS = {
     "arp": ("chaos_arp", ("lost", "duplicated")),
+    "airflow": ("chaos_airflow", ("left_running",)),
     "transfers": ("chaos_transfers", ("leaked_ports", "leaked_jobs", "stuck", "wrong_end")),
 }
 
 
 def _table(result: dict[str, Any]) -> str:
-    width = max(len(key) for key in result)
-    return "\n".join(f"{key.replace('_', ' '):<{width}}  {value}" for key, value in result.items())
+    counts = {key: value for key, value in result.items() if key != "rows"}
+    width = max(len(key) for key in counts)
+    lines = [f"{key.replace('_', ' '):<{width}}  {value}" for key, value in counts.items()]
+    rows: list[dict[str, Any]] = result.get("rows", [])
+    if rows:
+        wide = {key: max(len(key), *(len(_cell(row[key])) for row in rows)) for key in rows[0]}
+        lines += ["", "  ".join(f"{key.replace('_', ' '):<{size}}" for key, size in wide.items())]
+        lines += ["  ".join(f"{_cell(row[key]):<{size}}" for key, size in wide.items()) for row in rows]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    return "; ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def main() -> int:

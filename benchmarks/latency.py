@@ -1,8 +1,9 @@
-"""How long from the logbook's message to the first task: ``python benchmarks/latency.py --runs 30``.
+"""From the logbook's message to the first event: ``python benchmarks/latency.py --database sqlite``.
 
-Starts the logbook stand-in, the run processor and Airflow (its four parts, on SQLite unless ``--database postgresql``)
-on loopback, then starts runs on the logbook. Measured from the time the Kafka message carries to the moments that
-Airflow recorded: the DAG run was made, its first task began. The second includes what Airflow takes for any DAG run.
+Starts every service, the run processor and Airflow (its four parts) on loopback, then starts runs on the logbook.
+Measured from the time the Kafka message carries to the moments that Airflow recorded (the DAG run was made, its first
+task began) and to the moment a consumer had the first event of the stream in its hands. The first two are of a DAG with
+one task that does nothing, so the second is what Airflow takes for any DAG run; the third is of `stream_run`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shutil
 import statistics
 import sys
 import tempfile
@@ -20,22 +22,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import httpx
+from airflow_site import AirflowSite, airflow_site, wait_for
 from confluent_kafka import Consumer, TopicPartition
+from private_postgres import private_postgres
 
-from lclstream.demo.airflow import Airflow
-from lclstream.demo.processes import Children
-from lclstream.demo.workspace import Workspace, free_ports
 from lclstream.elog.client import ElogClient
-from lclstream.kafka import EmbeddedKafka
-from lclstream.security.authority import SiteAuthority
 
-DAG_ID = "latency_probe"
-EXPERIMENT = "latency"
+PROBE, STREAM = "latency_probe", "stream_run"
+EXPERIMENTS = {PROBE: "latencyprobe", STREAM: "latencystream"}
+WORKFLOW = "w"
 WARM_UP = 2
+_DAGS = Path(__file__).resolve().parents[1] / "dags"
 _DAG = f"""from airflow.sdk import dag, task
 
-@dag(dag_id="{DAG_ID}", schedule=None, max_active_runs=64)
+@dag(dag_id="{PROBE}", schedule=None, max_active_runs=64)
 def probe():
     @task
     def first():
@@ -44,28 +44,34 @@ def probe():
 
 probe()
 """
+_CONSUMER = """#!/usr/bin/env python3
+import json, os, time
+from lclstream.client import pull
+first, events = None, 0
+with pull(os.environ["LCLSTREAM_URL"], timeout_s=60, connect_timeout_s=60) as stream:
+    for batch in stream.batches():
+        first = first or time.time()
+        events += len(batch["/data/image"])
+json.dump({"first": first, "events": events}, open("result.json", "w"))
+"""
+_EVENTS = 50
+_CONFIG = {
+    "source_identifier": "exp={{ experiment }},run={{ run }}",
+    "skip_incomplete_events": False,
+    "event_source": {"type": "InternalEventSource", "number_of_events_to_generate": _EVENTS},
+    "data_sources": {"image": {"type": "GenericRandomNumpyArray", "array_shape": "512,1024", "array_dtype": "uint16"}},
+    "processing_pipeline": {"type": "BatchProcessingPipeline", "batch_size": 1},
+    "data_serializer": {"type": "HDF5BinarySerializer", "fields": {"image": "/data/image"}},
+    "data_handlers": [],
+}
+_PARAMETERS: dict[str, dict[str, Any]] = {
+    PROBE: {},
+    STREAM: {"stream_config": _CONFIG, "analysis_job": {"script": _CONSUMER}, "psik_conn_id": "psik_olcf"},
+}
 
 
 def _moment(text: str) -> float:
     return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
-
-
-def _messages(bootstrap_servers: str, wanted: int) -> dict[int, float]:
-    """Run number -> time of the message that said it starts (Unix seconds)."""
-    consumer = Consumer({"bootstrap.servers": bootstrap_servers, "group.id": "latency"})
-    partitions = consumer.list_topics("runs", timeout=20).topics["runs"].partitions
-    consumer.assign([TopicPartition("runs", number, 0) for number in partitions])
-    found: dict[int, float] = {}
-    deadline = time.monotonic() + 30
-    while len(found) < wanted and time.monotonic() < deadline:
-        message = consumer.poll(0.5)
-        if message is None or message.error() is not None:
-            continue
-        document = json.loads(message.value() or b"{}")
-        if document["experiment_name"] == EXPERIMENT and document["CRUD"] == "Create":
-            found[document["value"]["num"]] = message.timestamp()[1] / 1000
-    consumer.close()
-    return found
 
 
 def _row(name: str, values: list[float]) -> dict[str, Any]:
@@ -78,138 +84,152 @@ def _row(name: str, values: list[float]) -> dict[str, Any]:
     }
 
 
+class _Runs:
+    """Starts runs on the logbook, and finds what became of them."""
+
+    def __init__(self, site: AirflowSite, elog: ElogClient, kafka: str) -> None:
+        self._site = site
+        self._elog = elog
+        self._kafka = kafka
+
+    def define(self, dag_id: str) -> None:
+        """The logbook's workflow: each run of the DAG's experiment starts the DAG."""
+        definition = {
+            "name": WORKFLOW,
+            "executable": f"airflow:{dag_id}",
+            "trigger": "START_OF_RUN",
+            "location": "s3df",
+            "parameters": json.dumps(_PARAMETERS[dag_id]),
+        }
+        self._elog.create_update_workflow_def(EXPERIMENTS[dag_id], definition)
+
+    def start(self, dag_id: str, count: int, *, every: float | None) -> dict[int, str]:
+        """Start runs, `every` seconds or (None) each when the one before is done; run number -> DAG run's id."""
+        experiment = EXPERIMENTS[dag_id]
+        started: dict[int, str] = {}
+
+        def done() -> bool:
+            return all(self._state(dag_id, run_id) == "success" for run_id in started.values())
+
+        for _ in range(count):
+            number = int(self._elog.start_run(experiment).num)
+            started[number] = f"{experiment}__r{number:04d}__start_of_run__{WORKFLOW}"
+            if every is None:
+                wait_for(done, 180, f"{started[number]} ends", every=1)
+            else:
+                time.sleep(every)
+        wait_for(done, 300, "all DAG runs end", every=2)
+        return started
+
+    def _state(self, dag_id: str, run_id: str) -> str:
+        state = str((self._site.airflow.dag_run(dag_id, run_id) or {}).get("state"))
+        if state == "failed":
+            raise RuntimeError(f"{run_id} failed; logs: {self._site.workspace.logs}, {self._site.airflow.logs}")
+        return state
+
+    def messages(self, dag_id: str, wanted: int) -> dict[int, float]:
+        """Run number -> time of the message that said it starts (Unix seconds)."""
+        consumer = Consumer({"bootstrap.servers": self._kafka, "group.id": "latency"})
+        partitions = consumer.list_topics("runs", timeout=20).topics["runs"].partitions
+        consumer.assign([TopicPartition("runs", number, 0) for number in partitions])
+        found: dict[int, float] = {}
+        deadline = time.monotonic() + 30
+        while len(found) < wanted and time.monotonic() < deadline:
+            message = consumer.poll(0.5)
+            if message is None or message.error() is not None:
+                continue
+            document = json.loads(message.value() or b"{}")
+            if document["experiment_name"] == EXPERIMENTS[dag_id] and document["CRUD"] == "Create":
+                # A broker that was given may have runs of earlier measurements: the latest counts.
+                found[document["value"]["num"]] = message.timestamp()[1] / 1000
+        consumer.close()
+        return found
+
+    def queued(self, dag_id: str, run_id: str) -> float:
+        """When Airflow made the DAG run."""
+        return _moment((self._site.airflow.dag_run(dag_id, run_id) or {})["queued_at"])
+
+    def begun(self, dag_id: str, run_id: str) -> float:
+        """When its first task began."""
+        answer = self._site.airflow.get(f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances")
+        return min(_moment(task["start_date"]) for task in answer["task_instances"] if task["start_date"])
+
+    def first_event(self, run_id: str) -> float:
+        """When its consumer had the first event."""
+        result = self._site.airflow.xcom(STREAM, run_id, "analyse", "result")
+        if result["events"] != _EVENTS:
+            raise RuntimeError(f"{run_id}: {result['events']} of {_EVENTS} events arrived")
+        return float(result["first"])
+
+
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Start everything, start runs, and read what happened when."""
     with ExitStack() as stack:
-        workspace = Workspace(folder / "work")
-        stack.callback(workspace.release)
         dags = folder / "dags"
-        dags.mkdir(exist_ok=True)
+        dags.mkdir(parents=True)
         (dags / "probe.py").write_text(_DAG)
+        shutil.copy(_DAGS / f"{STREAM}.py", dags)
         environment = {"AIRFLOW__CORE__DAGS_FOLDER": str(dags)}
         if arguments.database == "postgresql":
-            environment["AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"] = arguments.database_url
-        children = Children(workspace.logs, environment)
-        stack.callback(children.stop)
-        kafka = arguments.kafka or stack.enter_context(EmbeddedKafka()).bootstrap_servers
-        airflow_port, elog_port = free_ports(2)
-        airflow = Airflow(workspace, airflow_port, {})
-        stack.callback(airflow.close)
-        airflow.start(children)
-        site = SiteAuthority(workspace / "certificates", "s3df")
-        elog_url = f"https://127.0.0.1:{elog_port}"
-        elog_config = {
-            "port": elog_port,
-            "credentials": str(site.member("elog").folder),
-            "database": f"sqlite:///{workspace / 'elog.sqlite'}",
-            "kafka": {"bootstrap_servers": kafka},
-        }
-        arp_config = {
-            "location": "s3df",
-            "experiments": [EXPERIMENT],
-            "credentials": str(site.member("arp").folder),
-            "kafka": {"bootstrap_servers": kafka, "group": f"latency-{time.time():.0f}"},
-            "definitions": {"elog": elog_url},
-            "airflow": {
-                "url": airflow.url,
-                "username": airflow.login,
-                "password_file": str(airflow.password_file),
-            },
-        }
-        for name, config in (("elog", elog_config), ("arp", arp_config)):
-            path = workspace.write_config(f"{name}.yaml", config, name)
-            children.start(name, [sys.executable, "-m", f"lclstream.{name}.cli", "--config", str(path)])
-        children.wait_until(lambda: airflow.ready(DAG_ID), timeout=300, what="Airflow is ready", every=1)
-        elog = stack.enter_context(ElogClient(elog_url, site.member("alice")))
-        definition = {
-            "name": "probe",
-            "executable": f"airflow:{DAG_ID}",
-            "trigger": "START_OF_RUN",
-            "location": "s3df",
-            "parameters": "{}",
-        }
-        elog.create_update_workflow_def(EXPERIMENT, definition)
-        arp_log = workspace.logs / "arp.log"
-        children.wait_until(lambda: "reading " in arp_log.read_text(), timeout=60, what="the run processor reads")
-        ids: dict[int, str] = {}
-
-        def start_runs(count: int) -> list[int]:
-            """Start runs and wait until their DAG runs have ended."""
-            started = []
-            for _ in range(count):
-                started.append(int(elog.start_run(EXPERIMENT).num))
-                ids[started[-1]] = f"{EXPERIMENT}__r{started[-1]:04d}__start_of_run__probe"
-                time.sleep(arguments.every)
-            children.wait_until(
-                lambda: all((airflow.dag_run(DAG_ID, ids[one]) or {}).get("state") == "success" for one in started),
-                timeout=300,
-                what="all DAG runs end",
-                every=2,
-            )
-            return started
-
-        # The first tasks make Airflow's API server import half of Airflow, and it answers nobody meanwhile.
-        warm = start_runs(WARM_UP)
-        numbers = start_runs(arguments.runs)
-        children.wait_until(
-            lambda: sum(job.status == "DONE" for job in elog.workflow_jobs(EXPERIMENT)) == len(warm + numbers),
-            timeout=60,
-            what="the logbook shows all jobs as done",
-            every=1,
+            place = arguments.database_url or f"postgresql+psycopg2://{stack.enter_context(private_postgres())}"
+            environment["AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"] = place
+        site = stack.enter_context(
+            airflow_site(folder / "site", knows=STREAM, environment=environment, kafka=arguments.kafka)
         )
-        sent = _messages(kafka, len(warm + numbers))
-        made: list[float] = []
-        begun: list[float] = []
-        own: list[float] = []
-        for number in numbers:
-            dag_run = airflow.dag_run(DAG_ID, ids[number]) or {}
-            queued = _moment(dag_run["queued_at"])
-            first = _first_task(airflow, ids[number])
-            made.append(queued - sent[number])
-            begun.append(first - sent[number])
-            own.append(first - queued)
+        wait_for(lambda: site.airflow.ready(PROBE), 120, "Airflow knows the probe", every=1)
+        elog = stack.enter_context(ElogClient(site.services.elog_url, site.services.beamline))
+        runs = _Runs(site, elog, site.services.kafka)
+        for dag_id in EXPERIMENTS:
+            runs.define(dag_id)
+        site.services.start_run_processor(*EXPERIMENTS.values())
+        log = site.workspace.logs / "arp.log"
+        site.children.wait_until(lambda: "reading " in log.read_text(), timeout=60, what="the run processor reads")
+        # The first tasks make Airflow's API server import half of Airflow, and it answers nobody meanwhile.
+        runs.start(PROBE, WARM_UP, every=arguments.every)
+        runs.start(STREAM, 1, every=None)
+        probes = runs.start(PROBE, arguments.runs, every=arguments.every)
+        streams = runs.start(STREAM, arguments.streams, every=None)
+        sent = runs.messages(PROBE, WARM_UP + len(probes))
+        made = {number: runs.queued(PROBE, run_id) for number, run_id in probes.items()}
+        begun = {number: runs.begun(PROBE, run_id) for number, run_id in probes.items()}
+        stream_sent = runs.messages(STREAM, 1 + len(streams))
         return {
             "machine": f"{platform.node()} {platform.machine()}, Python {platform.python_version()}",
             "airflow": version("apache-airflow"),
             "database": arguments.database,
             "kafka": "embedded" if arguments.kafka is None else arguments.kafka,
             "rows": [
-                _row("Kafka message to DAG run", made),
-                _row("Kafka message to first task", begun),
-                _row("of that Airflow: DAG run to first task", own),
+                _row("Kafka message to DAG run", [made[number] - sent[number] for number in probes]),
+                _row("Kafka message to first task", [begun[number] - sent[number] for number in probes]),
+                _row("of that Airflow: DAG run to first task", [begun[number] - made[number] for number in probes]),
+                _row(
+                    "Kafka message to first event at the consumer",
+                    [runs.first_event(run_id) - stream_sent[number] for number, run_id in streams.items()],
+                ),
             ],
         }
-
-
-def _first_task(airflow: Airflow, dag_run_id: str) -> float:
-    with httpx.Client(base_url=airflow.url, trust_env=False, timeout=30) as http:
-        body = {"username": airflow.login, "password": airflow.password_file.read_text()}
-        token = http.post("/auth/token", json=body).raise_for_status().json()["access_token"]
-        answer = http.get(
-            f"/api/v2/dags/{DAG_ID}/dagRuns/{dag_run_id}/taskInstances", headers={"authorization": f"Bearer {token}"}
-        )
-        return min(_moment(task["start_date"]) for task in answer.raise_for_status().json()["task_instances"])
 
 
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=30, help="runs to start (default 30)")
+    parser.add_argument("--runs", type=int, default=30, help="runs of the DAG that does nothing (default 30)")
+    parser.add_argument("--streams", type=int, default=8, help="runs that are streamed (default 8)")
     parser.add_argument("--every", type=float, default=1.5, help="seconds between two runs (default 1.5)")
+    parser.add_argument("--quick", action="store_true", help="few runs: under a minute on an idle machine")
     parser.add_argument("--database", choices=["sqlite", "postgresql"], default="sqlite", help="Airflow's database")
-    parser.add_argument("--database-url", metavar="URL", help="SQLAlchemy URL of an empty PostgreSQL database")
+    parser.add_argument("--database-url", metavar="URL", help="an empty PostgreSQL database; default: starts a server")
     parser.add_argument("--kafka", metavar="HOST:PORT", help="a broker with the logbook's topics; default: embedded")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="work there and leave the logs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there as well")
     arguments = parser.parse_args()
-    if arguments.database == "postgresql" and not arguments.database_url:
-        parser.error("--database postgresql needs --database-url postgresql+psycopg2://USER:PASSWORD@HOST/DATABASE")
+    if arguments.quick:
+        arguments.runs, arguments.streams, arguments.every = 4, 1, 1.0
     with tempfile.TemporaryDirectory(prefix="lclstream-latency-") as folder:
         place = arguments.keep or Path(folder)
-        place.mkdir(parents=True, exist_ok=True)
         result = measure(arguments, place)
     for row in result["rows"]:
-        print(f"{row['what']:<42} n={row['n']:<4} median {row['median_s']:.3f} s   p99 {row['p99_s']:.3f} s")
+        print(f"{row['what']:<46} n={row['n']:<4} median {row['median_s']:.3f} s   p99 {row['p99_s']:.3f} s")
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0

@@ -12,6 +12,11 @@ exactly one event. What ends a wait:
 
 Airflow calls `on_kill` when the task was marked or cleared, and does not say which. So the trigger asks for the task's
 state: a task that Airflow runs again will find its work by its key, and that work goes on; any other's is cancelled.
+
+The triggerer repeats its cancellation every second until the trigger is gone, and each repetition interrupts an
+`on_kill` that has not ended. So what has to be done goes on in an asyncio task of its own. And the first question a
+triggerer's process asks of Airflow takes seconds, because it loads Airflow's own API for it: the first trigger asks one
+when it begins to wait, so that no kill has to wait for that.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ import contextlib
 import json
 import time
 from abc import abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from enum import StrEnum
 from typing import Any, ClassVar
 
@@ -32,14 +37,27 @@ from lclstream_airflow.hooks.patience import Patience, PeerError, ServiceError
 
 #: How long a service may be away before a wait is given up, in seconds.
 PATIENCE_S = 600.0
-#: Airflow gives `on_kill` 30 s; ours stops trying before, so that its last words reach the log.
+#: How long a trigger tries to cancel; after that the lease has to do it.
 KILL_PATIENCE_S = 20.0
-#: How long Airflow may take to say in which state a task is, in seconds.
-_ASK_AIRFLOW_S = 5.0
+#: How long Airflow may take to say in which state a task is, in seconds; under load its answers stall.
+_ASK_AIRFLOW_S = 15.0
+#: What goes on beside the triggers of this process; asyncio itself keeps no task alive.
+_beside: set[asyncio.Task[Any]] = set()
 #: States of a task that was cleared and waits for its turn, runs, or has come to wait again.
 _RUNS_AGAIN = frozenset(
     {None, "scheduled", "queued", "running", "restarting", "deferred", "up_for_retry", "up_for_reschedule"}
 )
+
+
+#: Whether no trigger of this process has begun to wait.
+_first = True
+
+
+def _start_beside(work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+    task = asyncio.create_task(work)
+    _beside.add(task)
+    task.add_done_callback(_beside.discard)
+    return task
 
 
 class OnKill(StrEnum):
@@ -135,6 +153,10 @@ class PollingTrigger(BaseTrigger):
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         """Look until there is something to say, and say it once."""
+        global _first
+        if _first and self.task_instance is not None:
+            _first = False
+            _start_beside(self._runs_again())
         # The event is made before it is yielded: whoever takes it may never come back to close our connections.
         payload = await self.wait()
         yield TriggerEvent(payload)  # type: ignore[no-untyped-call]
@@ -187,6 +209,9 @@ class PollingTrigger(BaseTrigger):
 
     async def on_kill(self) -> None:
         """Cancel the remote work, when that is wanted: somebody acted on the task while it was deferred."""
+        await asyncio.shield(_start_beside(self._end_unless_wanted()))
+
+    async def _end_unless_wanted(self) -> None:
         if self.on_kill_policy is OnKill.LEAVE:
             self.log.info("%s %s is left as it is", self.what, self.remote_id)
             return

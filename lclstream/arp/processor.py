@@ -160,6 +160,8 @@ class Processor:
                 # Partitions that stay with us are not interrupted when another run processor comes or goes.
                 "partition.assignment.strategy": "cooperative-sticky",
                 "allow.auto.create.topics": False,
+                # A broker answers a waiting fetch when a message comes; the embedded one only when its time is over.
+                "fetch.wait.max.ms": 100,
                 # A topic that is made later is found soon.
                 "topic.metadata.refresh.interval.ms": 10_000,
                 "reconnect.backoff.max.ms": 2_000,

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import secrets
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,15 @@ from lclstream.demo.processes import Children, DemoError
 from lclstream.demo.workspace import Workspace
 
 _LOGIN = "admin"
+#: Seconds a question to the API may take.
+_TIMEOUT_S = 30.0
+#: Name of a part among our children → its command.
+PARTS = {
+    "airflow-api-server": ["api-server"],
+    "airflow-scheduler": ["scheduler", "--skip-serve-logs"],
+    "airflow-triggerer": ["triggerer", "--skip-serve-logs"],
+    "airflow-dag-processor": ["dag-processor"],
+}
 
 
 class Airflow:
@@ -41,7 +51,7 @@ class Airflow:
             # The connections name folders of certificates; the keys in them stay there.
             **{f"AIRFLOW_CONN_{name.upper()}": json.dumps(document) for name, document in connections.items()},
         }
-        self._http = httpx.Client(base_url=self.url, timeout=30, trust_env=False)
+        self._http = httpx.Client(base_url=self.url, timeout=_TIMEOUT_S, trust_env=False)
         self._token: str | None = None
 
     def _write_settings(self, workspace: Workspace, port: int) -> None:
@@ -79,13 +89,12 @@ class Airflow:
         """Make the database and start the four parts; they are ready when :meth:`ready` says so."""
         airflow = [sys.executable, "-m", "airflow"]
         children.run("airflow-db", [*airflow, "db", "migrate"], timeout=120, environment=self._environment)
-        for name, arguments in {
-            "airflow-api-server": ["api-server"],
-            "airflow-scheduler": ["scheduler", "--skip-serve-logs"],
-            "airflow-triggerer": ["triggerer", "--skip-serve-logs"],
-            "airflow-dag-processor": ["dag-processor"],
-        }.items():
-            children.start(name, [*airflow, *arguments], self._environment)
+        for name in PARTS:
+            self.start_part(children, name)
+
+    def start_part(self, children: Children, name: str) -> None:
+        """Start one of :data:`PARTS`, as whoever watches over them does after a crash."""
+        children.start(name, [sys.executable, "-m", "airflow", *PARTS[name]], self._environment)
 
     def ready(self, dag_id: str) -> bool:
         """Whether all parts are healthy and the DAG has been read."""
@@ -99,6 +108,11 @@ class Airflow:
             return self._get(f"/api/v2/dags/{dag_id}") is not None
         except httpx.TransportError:
             return False
+
+    @property
+    def logs(self) -> Path:
+        """Folder of the logs of tasks and triggers."""
+        return self._home / "logs"
 
     def dag_run(self, dag_id: str, run_id: str) -> dict[str, Any] | None:
         """The DAG run, or None while there is none."""
@@ -119,7 +133,7 @@ class Airflow:
 
     def task_log(self, run_id: str, task_id: str) -> Path | None:
         """The newest log file of a task."""
-        files = list((self._home / "logs").glob(f"dag_id=*/run_id={run_id}/task_id={task_id}/**/*.log"))
+        files = list(self.logs.glob(f"dag_id=*/run_id={run_id}/task_id={task_id}/**/*.log"))
         return max(files, key=lambda path: path.stat().st_mtime, default=None)
 
     @staticmethod
@@ -139,25 +153,68 @@ class Airflow:
             ]
         return said
 
+    def call(self, method: str, path: str, body: dict[str, Any]) -> Any:
+        """A call of the API that changes something, below ``/api/v2``; its answer.
+
+        Raises:
+            DemoError: Airflow refuses it, or goes on answering 5xx.
+        """
+        for _ in range(20):
+            answer = self._request(method, f"/api/v2{path}", body)
+            # SQLite answers 500 now and then while several processes write.
+            if answer is not None and answer.status_code < 500:
+                break
+            time.sleep(0.5)
+        if answer is None or not answer.is_success:
+            said = "no answer" if answer is None else f"{answer.status_code} {answer.text[:500]}"
+            raise DemoError(f"Airflow refuses {method} {path}: {said}")
+        return answer.json()
+
+    def get(self, path: str) -> Any:
+        """What the API has below ``/api/v2``; None for 404, and where SQLite stalls under load."""
+        return self._get(f"/api/v2{path}")
+
     def close(self) -> None:
         """Close the connection to the API."""
         self._http.close()
 
     def _get(self, path: str) -> Any:
-        """GET as a logged-in user; None for 404, and for the 500s that SQLite causes under load."""
+        """GET as a logged-in user; None for 404, and for the 500s and silence that SQLite causes under load."""
+        try:
+            answer = self._request("GET", path)
+        except httpx.TransportError:
+            return None
+        return answer.json() if answer is not None and answer.status_code == 200 else None
+
+    def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response | None:
+        """A call as a logged-in user; None when there is no token, or no answer, to be had now."""
+        try:
+            return self._request_once(method, path, body)
+        except httpx.TimeoutException:
+            # The machine is busy: whoever waits for the answer asks again, as long as that has a bound of its own.
+            return None
+
+    def _request_once(self, method: str, path: str, body: dict[str, Any] | None) -> httpx.Response | None:
+        answer: httpx.Response | None = None
         for _ in range(2):
             if self._token is None:
-                body = {"username": _LOGIN, "password": self.password_file.read_text()}
-                answer = self._http.post("/auth/token", json=body)
-                if answer.status_code not in (200, 201):
+                login = {"username": _LOGIN, "password": self.password_file.read_text()}
+                token = self._http.post("/auth/token", json=login)
+                if token.status_code not in (200, 201):
                     return None
-                self._token = answer.json()["access_token"]
-            answer = self._http.get(path, headers={"Authorization": f"Bearer {self._token}"})
-            if answer.status_code == 401:
-                self._token = None
-                continue
-            return answer.json() if answer.status_code == 200 else None
-        return None
+                self._token = token.json()["access_token"]
+            # What changes something is not sent twice: it gets the time it needs.
+            answer = self._http.request(
+                method,
+                path,
+                json=body,
+                headers={"Authorization": f"Bearer {self._token}"},
+                timeout=_TIMEOUT_S if method == "GET" else 4 * _TIMEOUT_S,
+            )
+            if answer.status_code != 401:
+                break
+            self._token = None
+        return answer
 
 
 def _dags_folder() -> Path:

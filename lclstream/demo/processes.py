@@ -46,6 +46,12 @@ class Child:
         return "\n".join(text[-lines:])
 
 
+def _descendants(pid: int) -> list[int]:
+    with contextlib.suppress(psutil.Error):
+        return [child.pid for child in psutil.Process(pid).children(recursive=True)]
+    return []
+
+
 class Children:
     """All programs of one demonstration.
 
@@ -143,6 +149,32 @@ class Children:
         self._running.remove(child)
         if code != 0:
             raise DemoError(f"{child.name} failed (exit code {code}):\n{child.tail()}")
+
+    def kill(self, name: str) -> None:
+        """End a program and what it forked with SIGKILL, as a crash does; its end is no surprise afterwards.
+
+        Raises:
+            DemoError: none of that name is running.
+        """
+        child = self.find(name)
+        members = [child.process.pid, *_descendants(child.process.pid)]
+        for pid in members:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        child.process.wait(STOP_S)
+        self._running.remove(child)
+        self._record()
+
+    def find(self, name: str) -> Child:
+        """The running program of that name.
+
+        Raises:
+            DemoError: there is none.
+        """
+        for child in self._running:
+            if child.name == name:
+                return child
+        raise DemoError(f"{name} is not running: there are {', '.join(child.name for child in self._running)}")
 
     def check(self) -> None:
         """Raise when a program that should run has ended.

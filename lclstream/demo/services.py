@@ -39,8 +39,8 @@ _REPORT = [
     "energy_mean",
     "energy_units",
 ]
-#: Ports of the buffers: one transfer takes three.
-_BUFFER_PORTS = 12
+#: Ports of a transfer's buffer.
+_PORTS_PER_TRANSFER = 3
 
 
 class Services:
@@ -48,15 +48,32 @@ class Services:
 
     Identities: the site *s3df* signs the logbook, its job service, the transfer API, the buffer, the run processor,
     Airflow and the beamline's staff; the site *olcf* signs its job service, and introduces Airflow to it.
+
+    Args:
+        workspace: where they keep their files.
+        children: what starts and ends them.
+        ranks: MPI ranks of the engine.
+        transfers: how many transfers there can be at a time.
+        capacity: how much each buffer holds, with its unit.
     """
 
-    def __init__(self, workspace: Workspace, children: Children, *, ranks: int) -> None:
+    def __init__(
+        self,
+        workspace: Workspace,
+        children: Children,
+        *,
+        ranks: int,
+        transfers: int = 4,
+        capacity: str = "512MiB",
+    ) -> None:
         self._workspace = workspace
         self._children = children
         self._ranks = ranks
+        self._transfers = transfers
+        self._capacity = capacity
         s3df = SiteAuthority(workspace / "certificates/s3df", "s3df")
         olcf = SiteAuthority(workspace / "certificates/olcf", "olcf")
-        elog, s3df_jobs, olcf_jobs, api, airflow = free_ports(5)
+        elog, s3df_jobs, olcf_jobs, api, arp, airflow = free_ports(6)
         self.elog_url = f"https://127.0.0.1:{elog}"
         self.api_url = f"https://127.0.0.1:{api}"
         self.s3df_jobs_url = f"https://127.0.0.1:{s3df_jobs}"
@@ -67,7 +84,13 @@ class Services:
         self._identities: dict[str, Credentials] = {
             name: s3df.member(name) for name in ("elog", "jobs-s3df", "transfer-api", "arp", "buffer")
         } | {"jobs-olcf": olcf.member("jobs-olcf")}
-        self._ports = {"elog": elog, "jobs-s3df": s3df_jobs, "jobs-olcf": olcf_jobs, "transfer-api": api}
+        self._ports = {
+            "elog": elog,
+            "jobs-s3df": s3df_jobs,
+            "jobs-olcf": olcf_jobs,
+            "transfer-api": api,
+            "arp": arp,
+        }
         self._kafka = ""
         self.airflow = Airflow(
             workspace,
@@ -103,6 +126,8 @@ class Services:
                 "credentials": self._folder("elog"),
                 "database": f"sqlite:///{self._workspace / 'elog.sqlite'}",
                 "kafka": {"bootstrap_servers": self._kafka},
+                # Jobs that somebody kills in the logbook are killed by the run processor.
+                "locations": {_LOCATION: {"jid_prefix": self.urls["arp"]}},
             },
             "The logbook: `lclstream elog`.",
         )
@@ -119,7 +144,7 @@ class Services:
                 },
                 f"The job service of {site}: `lclstream jobs`.",
             )
-        first, last = free_port_range(_BUFFER_PORTS)
+        first, last = free_port_range(_PORTS_PER_TRANSFER * self._transfers)
         self._start_service(
             "transfer-api",
             {
@@ -128,7 +153,7 @@ class Services:
                 "database": f"sqlite:///{self._workspace / 'transfers.sqlite'}",
                 "job_service": {"url": self.s3df_jobs_url},
                 "ports": {"first": first, "last": last},
-                "buffer": {"credentials": self._folder("buffer"), "capacity": "512MiB"},
+                "buffer": {"credentials": self._folder("buffer"), "capacity": self._capacity},
                 "engine": {"ranks": self._ranks},
                 "poll_s": 1.0,
                 "status_s": 0.5,
@@ -173,14 +198,20 @@ class Services:
                 ),
             )
 
-    def start_run_processor(self, experiment: str) -> None:
-        """Start the run processor; it reads the topic from its beginning."""
+    @property
+    def kafka(self) -> str:
+        """Address of the broker, ``HOST:PORT``, once the services are started."""
+        return self._kafka
+
+    def start_run_processor(self, *experiments: str) -> None:
+        """Start the run processor for these experiments; it reads the topic from its beginning."""
         self._start_service(
             "arp",
             {
                 "credentials": self._folder("arp"),
                 "location": _LOCATION,
-                "experiments": [experiment],
+                "experiments": list(experiments),
+                "status": {"port": self._ports["arp"], "kill_logins": ["elog"]},
                 "kafka": {"bootstrap_servers": self._kafka, "group": "arp-s3df"},
                 "definitions": {"elog": self.elog_url},
                 "airflow": {
@@ -191,6 +222,15 @@ class Services:
             },
             "The run processor: `lclstream arp`.",
         )
+
+    def reading_runs(self) -> bool:
+        """Whether the run processor reads Kafka: a run that starts is noticed from now on."""
+        url = self.urls["arp"]
+        try:
+            with http.explained(url), http.client(url, self.beamline, timeout=5) as client:
+                return bool(client.get("/status").json()["state"] == "running")
+        except UnreachableError:
+            return False
 
     def close(self) -> None:
         """Close our own connections."""

@@ -16,6 +16,7 @@ from airflow.sdk.module_loading import import_string
 from lclstream.api.models import TransferPhase
 from lclstream.jobs.client import JobClient
 from lclstream.jobs.models import JobSpec, JobState
+from lclstream_airflow.triggers import polling
 from lclstream_airflow.triggers.lclstream import LCLStreamTransferTrigger
 from lclstream_airflow.triggers.polling import PollingTrigger
 from lclstream_airflow.triggers.psik import PsikJobTrigger
@@ -194,6 +195,46 @@ def test_a_kill_tries_again_when_the_service_stumbles(transfers: Any) -> None:
     transfers.failures = [503, 503]
     asyncio.run(transfer_trigger().on_kill())
     assert transfer.phase is TransferPhase.canceled
+
+
+def test_the_first_wait_of_a_triggerer_asks_airflow_once_so_that_no_kill_waits_for_its_start(
+    transfers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(polling, "_first", True)
+    monkeypatch.setattr(RuntimeTaskInstance, "get_task_states", staticmethod(lambda **query: asked.append(query) or {}))
+    transfers.add().phase = TransferPhase.ready
+
+    async def waits() -> None:
+        for _ in range(2):
+            trigger = transfer_trigger()
+            trigger.task_instance = SimpleNamespace(dag_id="d", run_id="r", task_id="t", map_index=-1)
+            await anext(trigger.run())
+        async with asyncio.timeout(20):
+            while not asked:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(waits())
+    assert len(asked) == 1
+
+
+def test_a_kill_that_is_interrupted_cancels_all_the_same(transfers: Any) -> None:
+    transfer = transfers.add()
+    transfer.phase = TransferPhase.producing
+    transfers.failures = [503, 503]
+
+    async def as_the_triggerer_does_it() -> None:
+        killing = asyncio.create_task(transfer_trigger().on_kill())
+        while len(transfers.failures) == 2:
+            await asyncio.sleep(0.01)
+        killing.cancel()
+        await asyncio.gather(killing, return_exceptions=True)
+        assert transfer.phase is TransferPhase.producing
+        async with asyncio.timeout(20):
+            while transfer.phase is not TransferPhase.canceled:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(as_the_triggerer_does_it())
 
 
 def test_a_kill_that_cannot_cancel_says_so_and_ends(transfers: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -107,6 +107,26 @@ def test_a_stubborn_program_is_killed_and_reported(children: Children, monkeypat
     assert child.process.poll() == -signal.SIGKILL
 
 
+def test_a_killed_program_takes_what_it_forked_with_it_and_can_be_started_again(
+    children: Children, tmp_path: Path
+) -> None:
+    pid = tmp_path / "pid"
+    script = f"sleep 60 & echo $! > {pid}.part; mv {pid}.part {pid}; wait"
+    children.start("part", ["/bin/sh", "-c", script])
+    children.wait_until(pid.exists, timeout=20, what="the fork")
+    children.kill("part")
+    children.wait_until(lambda: not _runs(int(pid.read_text())), timeout=20, what="the end of the fork")
+    children.check()
+    with pytest.raises(DemoError, match="part is not running"):
+        children.kill("part")
+    children.start("part", ["/bin/sleep", "60"])
+    assert children.stop() == []
+
+
+def _runs(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
 def test_a_strangers_process_is_left_alone(children: Children) -> None:
     children.stop()
     assert psutil.pid_exists(os.getpid())
