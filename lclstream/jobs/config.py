@@ -152,7 +152,54 @@ class PsikBackend(_Model):
     fetch_bytes: int = Field(default=64 << 20, ge=0)
 
 
-BackendConfig = Annotated[LocalBackend | SlurmBackend | PsikBackend, Field(discriminator="type")]
+def _facility(value: str) -> str:
+    parts = urlsplit(value)
+    loopback = parts.scheme == "http" and parts.hostname in ("127.0.0.1", "::1", "localhost")
+    if not (parts.scheme == "https" or loopback) or not parts.hostname or parts.path.strip("/") or parts.query:
+        raise ValueError(f"{value!r}: an https address without a path, such as https://api.iri.nersc.gov")
+    return value.rstrip("/")
+
+
+class IriBackend(_Model):
+    """Jobs run at a DOE facility, started and followed by its IRI facility API. What they print stays there.
+
+    Attributes:
+        type: ``iri``.
+        description: a sentence for users.
+        url: the facility's API, such as ``https://api.iri.nersc.gov``.
+        prefix: path before ``/compute`` there.
+        resource: the facility's id of the compute resource.
+        token_file: file (mode 0600) with the bearer token, read at each use.
+        directory: an existing folder at the facility; each job makes one of its own in it.
+        queue_name: queue or partition.
+        project_name: account.
+        reservation_id: reservation.
+        allow_attributes: options a job may choose itself in its `attributes`, in sbatch's words: ``--partition``,
+            ``--account``, ``--reservation``; others become the facility's custom attributes, such as ``--constraint``.
+        mpirun: what a job sees in ``$mpirun``.
+        max_duration_min: longest duration a job may ask for, in minutes.
+        poll_s: seconds between two looks at a job.
+        timeout_s: seconds a call may take.
+    """
+
+    type: Literal["iri"]
+    description: str = "a DOE facility"
+    url: Annotated[str, AfterValidator(_facility)]
+    prefix: str = Field(default="/api/v2", pattern=r"^(/[\w.-]+)*$")
+    resource: str = Field(min_length=1)
+    token_file: Path
+    directory: str = Field(pattern=r"^/[A-Za-z0-9_./@+=,:-]*$")
+    queue_name: str | None = None
+    project_name: str | None = None
+    reservation_id: str | None = None
+    allow_attributes: list[SbatchOption] = []
+    mpirun: str = "srun"
+    max_duration_min: float = Field(default=24 * 60, gt=0, le=527040)
+    poll_s: float = Field(default=10.0, ge=0.1, le=600)
+    timeout_s: float = Field(default=30.0, gt=0, le=600)
+
+
+BackendConfig = Annotated[LocalBackend | SlurmBackend | PsikBackend | IriBackend, Field(discriminator="type")]
 
 
 class Callbacks(_Model):

@@ -20,10 +20,12 @@ from pathlib import Path
 
 from lclstream.jobs import folders
 from lclstream.jobs.backends import Backend, BackendUnavailableError, RefusedError, SubmissionRejectedError
+from lclstream.jobs.backends.iri import IriBackend
 from lclstream.jobs.backends.local import LocalBackend
 from lclstream.jobs.backends.psik import PsikBackend
 from lclstream.jobs.backends.slurm import SlurmBackend
 from lclstream.jobs.config import BackendConfig, JobsConfig
+from lclstream.jobs.config import IriBackend as IriConfig
 from lclstream.jobs.config import LocalBackend as LocalConfig
 from lclstream.jobs.config import PsikBackend as PsikConfig
 from lclstream.jobs.config import SlurmBackend as SlurmConfig
@@ -447,6 +449,8 @@ def _backend(settings: BackendConfig, credentials: Credentials) -> Backend:
             return SlurmBackend(settings)
         case PsikConfig():
             return PsikBackend(settings, credentials)
+        case IriConfig():
+            return IriBackend(settings)
         case LocalConfig():
             return LocalBackend(settings)
 

@@ -60,7 +60,7 @@ def _once(method: Any) -> Any:
     return method.retry_with(stop=tenacity.stop_after_attempt(1), reraise=True)
 
 
-class _OnceClient(AsyncClient):
+class _OnceClient(AsyncClient):  # type: ignore[misc] # it has no types
     """The published client without its own repetitions."""
 
     get = _once(AsyncClient.get)
