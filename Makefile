@@ -5,6 +5,8 @@ BIN = $(VENV)/bin
 # Byte code is made when a module is first imported: most of what is installed never is, and compiling takes a minute.
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 INSTALL = $(PIP) install --quiet --no-compile --constraint constraints.txt
+# Airflow starts a process for each task: without byte code on disk every one would compile what it imports again.
+unexport PYTHONDONTWRITEBYTECODE
 # Options of the demonstration:  make demo DEMO="--keep --events 500"
 DEMO ?=
 # Options of pytest:             make test TESTS="-k buffer -x"

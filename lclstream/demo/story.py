@@ -22,7 +22,7 @@ from lclstream.demo.workspace import Workspace
 from lclstream.elog.client import ElogClient
 from lclstream.elog.models import Trigger
 from lclstream.jobs.client import JobClient
-from lclstream.security.errors import PeerError
+from lclstream.security.errors import PeerError, UnreachableError
 
 #: Seconds the DAG run may take once the run has started.
 RUN_TIMEOUT_S = 300.0
@@ -142,10 +142,11 @@ class _Story:
 
         self._children.wait_until(services.ready, timeout=60, what="our services answer")
         services.define_workflow(description.experiment, stream_configuration(description, path))
+        services.start_run_processor(description.experiment)
         self._children.wait_until(
             lambda: services.airflow.ready(DAG_ID), timeout=120, every=0.5, what="Airflow is healthy and knows the DAG"
         )
-        services.start_run_processor(description.experiment)
+        self._children.wait_until(services.reading_runs, timeout=30, what="the run processor reads Kafka")
         self.say(f"everything is up; Airflow is at {services.airflow.url}")
 
         self._stream(services, description)
@@ -225,8 +226,12 @@ class _Story:
         made = services.airflow.xcom(DAG_ID, run_id, "request_stream", "transfer_id")
         if made is None:
             return None
-        with TransferClient(services.api_url, services.airflow_credentials) as api:
-            return api.info(int(made))
+        try:
+            with TransferClient(services.api_url, services.airflow_credentials) as api:
+                return api.info(int(made))
+        except UnreachableError:
+            # Too busy to answer now; whether the service is alive is checked besides.
+            return None
 
     def _why_failed(self, services: Services, run_id: str, tasks: dict[str, str]) -> str:
         """The failed tasks, each with the errors in its log."""
