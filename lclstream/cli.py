@@ -40,6 +40,12 @@ _COMMANDS = {
     "get": _Command("lclstream.stream_cli", "get_app", "stream", "Ask for a stream and receive it."),
     "pull": _Command("lclstream.stream_cli", "pull_app", "stream", "Receive the messages of a stream."),
     "push": _Command("lclstream.stream_cli", "push_app", "stream", "Send files as the messages of a stream."),
+    "session": _Command(
+        "lclstream.consumers.session", "app", "stream", "Stay on the nodes and analyse one stream after the other."
+    ),
+    "collect": _Command(
+        "lclstream.consumers.collecting", "app", "stream", "One HDF5 file of a run, over the engine's files."
+    ),
     "consume": _Command("lclstream.consumers.cli", "app", "plot", "Analyse a stream while it arrives."),
 }
 

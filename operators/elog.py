@@ -40,6 +40,8 @@ class ElogOperator(BaseOperator):
         `status` are not written
     :param counters: name → value, shown beside the workflow job while it runs
     :param status: the workflow job's status, such as ``RUNNING`` or ``DONE``
+    :param files: paths of files to register in the run's file catalogue, as a list or its JSON text; with `location`
+    :param location: the logbook's name of the place where `files` are; None or empty: nothing is registered
     :param comment: a text for the logbook's entries of the run; None or empty: no comment
     :param comment_title: its title
     :param comment_tags: its tags, each one word, as a list or separated by blanks; `lclstream backfill --tag` finds the
@@ -56,6 +58,8 @@ class ElogOperator(BaseOperator):
         "job_id",
         "counters",
         "status",
+        "files",
+        "location",
         "comment",
         "comment_title",
         "comment_tags",
@@ -76,6 +80,8 @@ class ElogOperator(BaseOperator):
         job_id: str | None = None,
         counters: Mapping[str, Any] | None = None,
         status: str | None = None,
+        files: Sequence[str] | str | None = None,
+        location: str | None = None,
         comment: str | None = None,
         comment_title: str | None = None,
         comment_tags: Sequence[str] | str = (),
@@ -91,6 +97,8 @@ class ElogOperator(BaseOperator):
         self.job_id = job_id
         self.counters = counters
         self.status = status
+        self.files = files
+        self.location = location
         self.comment = comment
         self.comment_title = comment_title
         self.comment_tags = comment_tags
@@ -123,11 +131,13 @@ class ElogOperator(BaseOperator):
         return parameters
 
     def _has_nothing_to_say(self) -> bool:
-        return not (self.run_params or self.counters or self.status or (self.comment or "").strip())
+        return not (self._about_the_run() or (self.comment or "").strip())
+
+    def _about_the_run(self) -> bool:
+        return bool(self.run_params or self.counters or self.status or (self.files and self.location))
 
     def _is_without_run(self) -> bool:
-        only_a_comment = not (self.run_params or self.counters or self.status)
-        return self.run in _EMPTY and only_a_comment
+        return self.run in _EMPTY and not self._about_the_run()
 
     def _parameters(self) -> dict[str, Any]:
         if self.run_params is not None and not isinstance(self.run_params, Mapping):
@@ -139,23 +149,12 @@ class ElogOperator(BaseOperator):
         for name, value in needed.items():
             if value in _EMPTY:
                 raise ValueError(f"{name} is empty: it says where in the logbook to write")
-        wanted = self._wanted()
+        wanted = set(_list_of_texts("only", self.only))
         pairs = self._flat(self.run_params or {})
         missing = wanted - {name for name, _ in pairs}
         if missing:
             self.log.warning("Not among the parameters: %s", ", ".join(sorted(missing)))
         return {self.prefix + name: value for name, value in pairs if not wanted or name in wanted}
-
-    def _wanted(self) -> set[str]:
-        names = self.only
-        if isinstance(names, str) and names.strip():
-            try:
-                names = json.loads(names)
-            except ValueError as error:
-                raise ValueError(f"only is {self.only!r}, no list of names: {error}") from error
-        if names and not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):
-            raise ValueError(f"only is {self.only!r}: it must be a list of names")
-        return set(names or ())
 
     def _flat(self, values: Mapping[str, Any]) -> list[tuple[str, Any]]:
         pairs: list[tuple[str, Any]] = []
@@ -181,6 +180,11 @@ class ElogOperator(BaseOperator):
                     self.experiment, str(self.job_id), status=self.status or None, counters=counters or None
                 )
                 self.log.info("Workflow job %s: status and counters written", self.job_id)
+            run = run_number(self.run or "")
+            for path in _list_of_texts("files", self.files) if self.location else ():
+                client.register_file(self.experiment, path, run)
+                client.file_available_at_location(self.experiment, run, path, self.location or "")
+                self.log.info("%s is registered as being at %s", path, self.location)
 
     def _say(self, hook: ElogHook) -> None:
         text = (self.comment or "").strip()
@@ -198,3 +202,15 @@ class ElogOperator(BaseOperator):
                     return
             client.new_elog_entry(self.experiment, text, number, title=self.comment_title or None, tags=tags)
             self.log.info("Run %s of %s: comment written", self.run, self.experiment)
+
+
+def _list_of_texts(name: str, given: Sequence[str] | str | None) -> list[str]:
+    texts: Any = given
+    if isinstance(texts, str) and texts.strip():
+        try:
+            texts = json.loads(texts)
+        except ValueError as error:
+            raise ValueError(f"{name} is {given!r}, no list: {error}") from error
+    if texts and not (isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts)):
+        raise ValueError(f"{name} is {given!r}: it must be a list of texts")
+    return list(texts or ())

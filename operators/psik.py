@@ -108,7 +108,7 @@ class PsikOperator(RemoteWorkOperator):
 
     def prepare(self, context: Context) -> None:
         """See :meth:`RemoteWorkOperator.prepare`."""
-        document = load_document(self.job, self.values or {}, "job")
+        document = self._document()
         environment = {name: str(value) for name, value in (self.environment or {}).items()}
         document["environment"] = {**(document.get("environment") or {}), **environment}
         document.setdefault("name", context["ti"].task_id)
@@ -118,6 +118,10 @@ class PsikOperator(RemoteWorkOperator):
             raise DocumentError("output_files needs output_folder: the folder on the worker to keep them in")
         # Until there is a job, the button leads to the list of them.
         _JOB_LINK.record(context, self.hook.jobs_url())
+
+    def _document(self) -> dict[str, Any]:
+        """The specification, with its places filled."""
+        return load_document(self.job, self.values or {}, "job")
 
     def start(self, key: str) -> Remote:
         """See :meth:`RemoteWorkOperator.start`."""

@@ -78,7 +78,7 @@ class FilesAtLocationSensor(_RunSensor):
 
     :param experiment: the experiment's name
     :param run: the run's number
-    :param location: the logbook's name of the place, such as ``SLAC``
+    :param location: the logbook's name of the place, such as ``SLAC``; empty: wherever they are
     :param pattern: which files count, such as ``*.xtc2``
     :param least: how many there must be at least; a run whose files are not registered yet has none
     :param elog_conn_id: connection of type `elog`
@@ -86,9 +86,9 @@ class FilesAtLocationSensor(_RunSensor):
     Further arguments: see :class:`.PollingSensor`; `poke_interval` is 10 s here.
     """
 
-    template_fields: Sequence[str] = (*_RunSensor.template_fields, "location", "pattern")
+    template_fields: Sequence[str] = (*_RunSensor.template_fields, "location", "pattern", "least")
 
-    def __init__(self, *, location: str, pattern: str = "*", least: int = 1, **kwargs: Any) -> None:
+    def __init__(self, *, location: str, pattern: str = "*", least: int | str = 1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.location = location
         self.pattern = pattern
@@ -102,7 +102,7 @@ class FilesAtLocationSensor(_RunSensor):
             run=self.run,
             location=self.location,
             pattern=self.pattern,
-            least=self.least,
+            least=int(self.least),
             deadline=deadline,
             poll_interval=self.poke_interval,
             patience_s=self.patience_s,

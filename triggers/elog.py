@@ -89,7 +89,7 @@ class ElogRunClosedTrigger(ElogRunTrigger):
 class ElogFilesTrigger(ElogRunTrigger):
     """Waits until a run has ended and all its files, or those that match, are at a location.
 
-    :param location: the logbook's name of the place, such as ``SLAC``
+    :param location: the logbook's name of the place, such as ``SLAC``; empty: wherever they are
     :param pattern: which files count, such as ``*.xtc2``
     :param least: how many there must be at least
     """
@@ -112,7 +112,7 @@ class ElogFilesTrigger(ElogRunTrigger):
             for file in await client.files(self.experiment, self.run_number)
             if fnmatch.fnmatch(file.path, self.pattern)
         ]
-        here = [file for file in files if self.location in file.locations]
+        here = [file for file in files if not self.location or self.location in file.locations]
         self._facts = {**run_facts(self.experiment, run), **_files_facts(self.location, here)}
         self.log.info("run %s: %d of %d files are at %s", run.num, len(here), len(files), self.location)
         if run.end_time is None or len(here) < max(len(files), self.least):

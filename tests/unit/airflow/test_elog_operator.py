@@ -97,6 +97,15 @@ def test_a_comment_is_written_once_however_often_the_task_runs(elog: ElogClient,
     assert elog.runs_with_tag("mfx105", "DARK") == [run.num]
 
 
+def test_files_are_registered_where_they_are(elog: ElogClient, context: dict[str, Any]) -> None:
+    run = elog.start_run("mfx106")
+    for _ in range(2):
+        operator(experiment="mfx106", run=run.num, files='["/scratch/a.h5"]', location="OLCF").execute(context)
+    operator(experiment="mfx106", run=run.num, files=["/scratch/b.h5"], location="").execute(context)
+    (file,) = elog.files("mfx106", run.num)
+    assert (file.path, list(file.locations)) == ("/scratch/a.h5", ["OLCF"])
+
+
 def test_nothing_to_say_is_no_error(elog: ElogClient, context: dict[str, Any]) -> None:
     elog.start_run("mfx102")
     assert operator(experiment="mfx102", run=1, run_params={}, job_id="None", status="DONE").execute(context) == {}

@@ -85,4 +85,6 @@ def test_files_are_waited_for_until_all_are_there_and_the_run_has_ended(
     assert (facts["files"], facts["bytes"], facts["location"]) == (2, 200, "S3DF")
     assert facts["paths"] == ["/data/a.xtc2", "/data/b.xtc2"]
     with pytest.raises(AirflowException, match="took longer"):
-        waited(files(run.num, pattern="*.xtc2", least=3, timeout=0.2), context)
+        waited(files(run.num, pattern="*.xtc2", least="3", timeout=0.2), context)
+    facts = waited(files(run.num, location="", least=0), context)
+    assert (facts["files"], facts["location"]) == (3, "")
