@@ -6,6 +6,7 @@ added when that came before. See https://github.com/dectris/documentation/tree/m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -61,7 +62,7 @@ class SimplonV2Reader:
         for channel, image in channels.values.items():
             if not isinstance(channel, str):
                 raise channels.error(f"has a channel named {shown(channel)}")
-            arrays[f"/data/{channel}"] = _array(image, channels, channel)
+            arrays[f"/data/{channel}"] = _shaped(_array(image, channels, channel), content)
         if not arrays:
             raise content.error("has no channel in its data")
         arrays["/image_id"] = np.array([content.integer("image_id")], np.int64)
@@ -72,6 +73,26 @@ class SimplonV2Reader:
         rest = {key: value for key, value in content.values.items() if key not in ("type", "data", "image_id")}
         attributes = {**known, "series_id": content.values.get("series_id"), "series_unique_id": series}
         return Batch(arrays, {**attributes, "image": rest}, {} if time is None else {"/timestamp_ns": dict(_NS)})
+
+
+def _shaped(image: Array, content: Content) -> Array:
+    """The image with the axes it had in the engine, which lays the modules of a detector one below the other.
+
+    Raises:
+        MessageError: the shape that the message's user data name cannot be that of this image.
+    """
+    user = content.values.get("user_data")
+    shape = user.get("image_shape") if isinstance(user, Mapping) else None
+    if shape is None:
+        return image
+    if (
+        not isinstance(shape, list | tuple)
+        or not 2 <= len(shape) <= 16
+        or not all(type(length) is int and length >= 0 for length in shape)
+        or image.shape[1:] != (math.prod(shape[:-1]), shape[-1])
+    ):
+        raise content.error(f"has the image_shape {shown(shape)} and an image of {image.shape[1:]}")
+    return image.reshape(1, *shape)
 
 
 def _attributes(content: Content) -> dict[str, Any]:

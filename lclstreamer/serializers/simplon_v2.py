@@ -61,7 +61,8 @@ class SimplonV2Serializer(Serializer):
             raise ComponentError(
                 f"data_serializer.data_source_to_serialize: {name} must be an image of integers or floats"
             )
-        # Segments lie one below the other: the format knows images of two axes.
+        # Segments lie one below the other: the format knows images of two axes. Our user data say their own.
+        shape = image.shape
         image = np.ascontiguousarray(image, dtype=image.dtype.newbyteorder("<")).reshape(-1, image.shape[-1])
         unique = f"{event.run.experiment or 'unknown'}-r{event.run.run:04d}-rank{self.context.rank}"
         messages: list[Message] = []
@@ -69,7 +70,7 @@ class SimplonV2Serializer(Serializer):
             messages += self.end()
             self._series, self._begun_ns = (event.run.run, unique), event.timestamp_ns or 0
             messages.append(self._message(self._start(event, image), 0))
-        messages.append(self._message(self._image(event, image), 1))
+        messages.append(self._message(self._image(event, image, shape), 1))
         return messages
 
     def end_batch(self) -> Iterable[Message]:
@@ -118,7 +119,7 @@ class SimplonV2Serializer(Serializer):
             content["incident_energy"] = self.parameters.incident_energy
         return content
 
-    def _image(self, event: Event, image: NDArray[Any]) -> dict[str, Any]:
+    def _image(self, event: Event, image: NDArray[Any], shape: tuple[int, ...]) -> dict[str, Any]:
         now = (event.timestamp_ns or 0) - self._begun_ns
         return {
             "type": "image",
@@ -129,7 +130,7 @@ class SimplonV2Serializer(Serializer):
             "stop_time": [now, _NANOSECONDS],
             "real_time": [0, _NANOSECONDS],
             "data": {_CHANNEL: cbor2.CBORTag(_ARRAY_TAG, [list(image.shape), self._array(image)])},
-            "user_data": {"timestamp_ns": event.timestamp_ns},
+            "user_data": {"timestamp_ns": event.timestamp_ns, "image_shape": list(shape)},
         }
 
     def _array(self, image: NDArray[Any]) -> Any:

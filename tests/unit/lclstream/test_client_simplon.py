@@ -113,7 +113,7 @@ def test_every_image_of_every_rank_comes_back_bit_by_bit(images: Any, version: s
         path = "/data/image"
     else:
         seen = {int(batch["/image_id"][0]): batch for batch in batches}
-        expected = {10 * i + rank: x.reshape(-1, x.shape[-1]) for rank in range(ranks) for i, x in enumerate(images)}
+        expected = {10 * i + rank: image for rank in range(ranks) for i, image in enumerate(images)}
         path = "/data/threshold_1"
         for index, batch in seen.items():
             assert batch["/timestamp_ns"].tolist() == [START_NS + index]
@@ -511,3 +511,11 @@ def test_offsets_that_cannot_be_right_are_told_and_datasets_that_only_sound_like
     plain = Batch({"/x": np.arange(3), "/x_offsets": np.array([7, 7, 7], np.uint64)}, {})
     assert plain.events == 3
     assert plain.value("/x", 2) == 2
+
+
+@pytest.mark.parametrize("shape", ["1x4x6", [4], [2, 3, 4], [1, 4, -6], [True, 4, 6], [1] * 17])
+def test_a_stream_v2_image_whose_own_shape_cannot_be_is_told(shape: Any) -> None:
+    message = cbor2.loads(written(writer("v2"), [event(np.zeros((1, 4, 6), np.uint16))])[1])
+    message["user_data"]["image_shape"] = shape
+    with pytest.raises(MessageError, match="has the image_shape"):
+        read([cbor2.dumps(message)])

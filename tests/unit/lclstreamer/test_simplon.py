@@ -9,6 +9,8 @@ import cbor2
 import numpy as np
 import pytest
 
+from lclstream.client.decoding import Decoder
+from lclstream.consumers.gain import GainBits, decide, split
 from lclstreamer import models
 from lclstreamer.errors import ComponentError
 from lclstreamer.events import Event, RunInfo
@@ -149,3 +151,48 @@ def test_an_image_that_is_none_is_refused(writer: Any) -> None:
     with pytest.raises(ComponentError, match="must be an"):
         writer.add(Event(values(np.array(["text"])), 0, RUN))
     assert list(writer.add(Event(values(None), 0, RUN))) == []
+
+
+def raw_jungfrau(modules: int, count: int = 3) -> list[Any]:
+    """Raw frames of several modules, with pixels in all three gain stages and at both ends of each one's range."""
+    random = np.random.default_rng(8)
+    shape = (modules, 512, 1024)
+    stages = np.array([0, 1, 3], np.uint16) << 14
+    frames = [random.integers(0, 1 << 14, shape).astype(np.uint16) | random.choice(stages, shape) for _ in range(count)]
+    for row, value in enumerate((0x0000, 0x3FFF, 0x4000, 0x7FFF, 0xC000, 0xFFFF)):
+        for frame in frames:
+            frame[row % modules, row, 0] = value
+    return frames
+
+
+@pytest.mark.parametrize("writer", [simplon, version_2])
+def test_gain_bits_of_a_raw_jungfrau_of_three_modules_arrive_bit_by_bit(writer: Any) -> None:
+    sent = raw_jungfrau(3)
+    messages = all_messages(writer(), sent)
+    decoder = Decoder()
+    batches = [batch for number, one in enumerate(messages) for batch in decoder.feed(one, name=f"message {number}")]
+    for batch, image in zip(batches, sent, strict=True):
+        (path,) = (name for name in batch if name.startswith("/data/"))
+        got = batch[path][0]
+        assert (got.shape, got.dtype) == ((3, 512, 1024), np.uint16)
+        assert np.array_equal(got, image)
+        assert np.array_equal(np.unique(got >> 14), [0, 1, 3])
+        decision = decide(GainBits.AUTO, path, batch[path])
+        assert decision.masked
+        values, switched = split(got)
+        assert np.array_equal(values, image % (1 << 14))
+        assert switched == np.count_nonzero(image >> 14)
+    # What the messages themselves say, for readers that are not ours.
+    contents = [cbor2.loads(one[1:] if writer is simplon else one) for one in messages]
+    if writer is simplon:
+        assert (contents[0]["datatype"], contents[0]["shape"]) == ("uint16", "3x512x1024")
+        for content, image in zip(contents[1:4], sent, strict=True):
+            assert content["dtype"] == "uint16"
+            assert np.array_equal(unpacked(content, "uint16", image.shape), image)
+            assert content["sum"] == int(image.astype(np.uint64).sum())
+    else:
+        start = contents[0]
+        assert (start["image_dtype"], start["image_size_x"], start["image_size_y"]) == ("uint16", 1024, 3 * 512)
+        for content, image in zip(contents[1:4], sent, strict=True):
+            assert content["user_data"]["image_shape"] == [3, 512, 1024]
+            assert np.array_equal(decoded(content), image.reshape(3 * 512, 1024))
