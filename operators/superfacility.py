@@ -177,7 +177,7 @@ class SuperfacilityOperator(RemoteWorkOperator):
         for note in standing.notes:
             self.log.info("%s: %s", machine, note)
         if standing.takes_jobs:
-            return super().execute(context)
+            return _run(self, context)
         words = _describe(machine, standing)
         if self.outage_policy is OutagePolicy.FAIL:
             raise AirflowException(f"{words}; nothing was submitted (outage_policy is 'fail')")
@@ -203,7 +203,7 @@ class SuperfacilityOperator(RemoteWorkOperator):
         if WaitStatus(event["status"]) is not WaitStatus.REACHED:
             raise AirflowException(f"{event['message']}; nothing was submitted")
         self.log.info("%s", event["message"])
-        return super().execute(context)
+        return _run(self, context)
 
     # --- the job
 
@@ -388,6 +388,16 @@ class SuperfacilityOperator(RemoteWorkOperator):
         if not kept:
             raise DocumentError(f"it has left no file that matches {', '.join(self.output_files)} in {self.folder}")
         return kept
+
+
+def _run(operator: SuperfacilityOperator, context: Context) -> dict[str, Any]:
+    """What the base class executes, past Airflow's guard against operators that execute others.
+
+    The guard takes a task that was resumed for such another one, and warns.
+    """
+    execute: Any = RemoteWorkOperator.execute
+    done: dict[str, Any] = execute.__wrapped__(operator, context)
+    return done
 
 
 def _progress(job: FacilityJob) -> Progress:

@@ -43,6 +43,8 @@ NERSC_PREFIX = "/api/v1.2"
 NERSC_TOKEN_URL = "https://oidc.nersc.gov/c2id/token"  # noqa: S105 - an address
 #: Seconds a call may take, waiting for the API's own tasks included.
 TIMEOUT_S = 60.0
+#: The same for a cancellation, which often comes from a process that is itself about to be killed.
+CANCEL_S = 15.0
 
 _SUCCESS = frozenset({"COMPLETED"})
 _ENDED = _SUCCESS | {
@@ -155,13 +157,14 @@ class SuperfacilityClient:
         await self._client.close()
 
     @asynccontextmanager
-    async def _call(self) -> AsyncIterator[None]:
+    async def _call(self, limit_s: float | None = None) -> AsyncIterator[None]:
         """One exchange: bounded, and with errors that say whether asking again can help."""
+        limit_s = self._timeout if limit_s is None else min(limit_s, self._timeout)
         try:
-            async with asyncio.timeout(self._timeout):
+            async with asyncio.timeout(limit_s):
                 yield
         except TimeoutError as error:
-            raise UnreachableError(f"{self.url}: no answer within {self._timeout:g} s") from error
+            raise UnreachableError(f"{self.url}: no answer within {limit_s:g} s") from error
         except OAuthError as error:
             raise AuthenticationError(f"{self.url}: gave no token: {error.error}: {error.description}") from error
         except SfApiError as error:
@@ -262,7 +265,7 @@ class SuperfacilityClient:
 
     async def cancel(self, machine: str, number: str) -> None:
         """Ask for a job's end."""
-        async with self._call():
+        async with self._call(CANCEL_S):
             await self._client.delete(f"compute/jobs/{machine}/{number}")
 
     # --- files

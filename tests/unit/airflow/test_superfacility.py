@@ -193,7 +193,7 @@ def test_a_kill_amid_a_wait_in_the_worker_cancels_the_job(nersc: Any, task: dict
     assert killed
 
 
-def test_an_outage_is_waited_out(nersc: Any, task: dict[str, Any]) -> None:
+def test_an_outage_is_waited_out(nersc: Any, task: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     nersc.say("unavailable", notes=["Cooling"])
     work = operator(nersc, "true", deferrable=True)
     with pytest.raises(TaskDeferred) as deferred:
@@ -211,7 +211,9 @@ def test_an_outage_is_waited_out(nersc: Any, task: dict[str, Any]) -> None:
 
     event = asyncio.run(until_back())
     work.deferrable = False
+    capsys.readouterr()
     assert work.submit_after_outage(task, event)["state"] == "COMPLETED"
+    assert "cannot be called outside" not in capsys.readouterr().out
 
 
 def test_an_outage_fails_the_task_when_told_to(nersc: Any, task: dict[str, Any]) -> None:
