@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from lclstream.arp.airflow_rest import AirflowClient, AirflowRefusalError, AirflowUnavailableError
-from lclstream.arp.config import ConfigError
 from lclstream.arp.decisions import Catalogue, DagRun, Decision, Scope, decide, needs_catalogue, ours, precheck
 from lclstream.arp.definitions import DefinitionSource
 from lclstream.arp.events import Crud, Event, Irrelevant, JobEvent, RunEvent, UnreadableError, read
 from lclstream.arp.logbook_jobs import JobEntries
+from lclstream.config_file import ConfigError
 from lclstream.elog.client import ElogClient, ElogError
 from lclstream.security.errors import PeerError, ServiceError
 

@@ -19,7 +19,8 @@ from urllib.parse import quote
 import httpx
 
 from lclstream import __version__
-from lclstream.arp.config import AirflowConfig, ConfigError
+from lclstream.arp.config import AirflowConfig
+from lclstream.config_file import ConfigError
 
 _PAGE = 100
 _UNAUTHORIZED, _CONFLICT, _TOO_MANY, _SERVER_ERROR = 401, 409, 429, 500

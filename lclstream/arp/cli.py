@@ -21,13 +21,14 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from lclstream.arp.actions import Actions
 from lclstream.arp.airflow_rest import AirflowClient, AirflowUnavailableError
-from lclstream.arp.config import ArpConfig, ConfigError, load
+from lclstream.arp.config import ArpConfig, load
 from lclstream.arp.decisions import Scope
 from lclstream.arp.definitions import DefinitionSource, ElogDefinitions, FileDefinitions
 from lclstream.arp.logbook_jobs import Follower, JobEntries, keep_following, kill
 from lclstream.arp.observation import Observation
 from lclstream.arp.processor import KafkaUnreachableError, Processor
 from lclstream.arp.service import CannotListenError, Killer, create_app, served
+from lclstream.config_file import ConfigError
 from lclstream.elog.client import ElogClient
 from lclstream.elog.models import WorkflowJob
 from lclstream.security.credentials import Credentials

@@ -8,17 +8,14 @@ from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from lclstream import config_file
 from lclstream.arp.events import FILES, JOBS, RUNS
+from lclstream.config_file import ConfigError, FilePath
 from lclstream.security.rate import Rate
 
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names file, key and value."""
 
 
 class _Model(BaseModel):
@@ -31,7 +28,6 @@ def _https(url: str) -> str:
     return url.rstrip("/")
 
 
-_FilePath = Annotated[Path, AfterValidator(Path.expanduser)]
 _HttpsUrl = Annotated[str, AfterValidator(_https)]
 
 
@@ -65,7 +61,7 @@ class DefinitionsConfig(_Model):
     """
 
     elog: _HttpsUrl | None = None
-    file: _FilePath | None = None
+    file: FilePath | None = None
 
     @model_validator(mode="after")
     def _one(self) -> DefinitionsConfig:
@@ -90,8 +86,8 @@ class AirflowConfig(_Model):
 
     url: str = Field(pattern=r"^https?://[^/]+")
     username: str = Field(min_length=1)
-    password_file: _FilePath
-    ca_file: _FilePath | None = None
+    password_file: FilePath
+    ca_file: FilePath | None = None
     allow_plain_http: bool = False
     timeout_s: float = Field(default=30, gt=0, le=120)
     server_errors_at_most_s: float = Field(default=900, gt=0)
@@ -185,7 +181,7 @@ class ArpConfig(_Model):
     location: str = Field(min_length=1)
     experiments: list[str] = []
     elog: _HttpsUrl | None = None
-    credentials: _FilePath | None = None
+    credentials: FilePath | None = None
     status: StatusConfig | None = None
     jobs: JobsConfig = JobsConfig()
     recorder_files: Annotated[str, AfterValidator(_pattern)] = r"-s0?[89]\d-"
@@ -206,29 +202,9 @@ class ArpConfig(_Model):
 
 
 def load(path: Path) -> ArpConfig:
-    """Read a configuration file; relative paths in it are relative to the working directory.
+    """Read a configuration file.
 
     Raises:
         ConfigError: the file cannot be read, or something in it is wrong.
     """
-    try:
-        document = yaml.safe_load(path.read_text()) or {}
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from error
-    try:
-        return ArpConfig.model_validate(document)
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {explain(error)}") from error
-
-
-def explain(error: ValidationError) -> str:
-    """A validation error in words: key, value, what is wrong."""
-    lines = []
-    for problem in error.errors(include_url=False):
-        key = ".".join(str(part) for part in problem["loc"])
-        shown = isinstance(problem["input"], str | int | float | bool) and problem["type"] != "missing"
-        given = f" (got {problem['input']!r})" if shown else ""
-        lines.append(f"{key}: {problem['msg']}{given}" if key else problem["msg"])
-    return "; ".join(lines)
+    return config_file.load(ArpConfig, path)

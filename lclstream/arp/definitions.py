@@ -11,11 +11,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Protocol
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from lclstream.arp.config import ConfigError, explain
+from lclstream import config_file
 from lclstream.arp.decisions import ASK_THE_LOGBOOK
+from lclstream.config_file import ConfigError
 from lclstream.elog.client import ElogClient
 from lclstream.elog.models import Trigger, WorkflowDefinition
 
@@ -82,24 +82,19 @@ def read_file(path: Path, *, logbook: bool) -> list[FileDefinition]:
     Raises:
         ConfigError: it cannot be read, or something in it is wrong.
     """
-    try:
-        entries = _File.model_validate(yaml.safe_load(path.read_text())).definitions
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from error
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {explain(error)}") from error
+    document = config_file.read(path)
+    entries = config_file.validate(_File, document).definitions
     for number, entry in enumerate(entries):
+        where = document.where(("definitions", number))
         try:
             entry.parameter_object()
         except ValueError as error:
-            raise ConfigError(f"{path}: definitions.{number}: {error}") from error
+            raise ConfigError(f"{where}{error}") from error
         if entry.trigger == Trigger.RUN_PARAM_IS_VALUE and not entry.run_param_name:
-            raise ConfigError(f"{path}: definitions.{number}: RUN_PARAM_IS_VALUE needs run_param_name")
+            raise ConfigError(f"{where}RUN_PARAM_IS_VALUE needs run_param_name")
         if entry.trigger in ASK_THE_LOGBOOK and not logbook:
             raise ConfigError(
-                f"{path}: definitions.{number}: {entry.trigger} can only be judged with the logbook's file catalogue: "
+                f"{where}{entry.trigger} can only be judged with the logbook's file catalogue: "
                 "set `elog` in the run processor's configuration"
             )
     return entries

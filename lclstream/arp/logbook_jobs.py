@@ -23,9 +23,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from lclstream.arp.airflow_rest import AirflowClient, AirflowError, AirflowRefusalError
-from lclstream.arp.config import ConfigError
 from lclstream.arp.decisions import SCHEME, DagRun, Scope
 from lclstream.arp.names import dag_run_id
+from lclstream.config_file import ConfigError
 from lclstream.elog.client import ElogClient, ElogError
 from lclstream.elog.models import Trigger, WorkflowJob
 from lclstream.security.errors import PeerError

@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from lclstream import config_file
 from lclstream.arp.airflow_rest import AirflowRefusalError, AirflowUnavailableError
-from lclstream.arp.config import AirflowConfig, ConfigError
+from lclstream.arp.config import AirflowConfig
 from lclstream.backfill.runner import Backfill, BackfillAirflow, Progress
 from lclstream.backfill.runs import Reprocess, RunsError, Step, parse_runs
+from lclstream.config_file import ConfigError
 from lclstream.elog.client import ElogClient
 from lclstream.elog.models import RunNumber
 from lclstream.security.credentials import Credentials
@@ -36,9 +37,9 @@ def _parameters(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        document = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise _stop(2, f"--parameters {path}: cannot be read: {error}") from error
+        document = config_file.read(path).value
+    except ConfigError as error:
+        raise _stop(2, f"--parameters {error}") from error
     if not isinstance(document, dict):
         raise _stop(2, f"--parameters {path}: must hold keys and values, as the DAG's `parameters`")
     return document

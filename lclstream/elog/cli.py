@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from lclstream.elog.config import ConfigError, ElogConfig, load, validated
+from lclstream.config_file import ConfigError
+from lclstream.elog.config import ElogConfig, load
 from lclstream.security.errors import CredentialsError
 
 app = typer.Typer(add_completion=False)
 log = logging.getLogger("lclstream.elog")
-
-
-def _configuration(config: Path | None, overrides: dict[str, Any], kafka: str | None) -> ElogConfig:
-    if kafka is not None:
-        overrides["kafka"] = {"bootstrap_servers": kafka}
-    if config is not None:
-        return load(config, **overrides)
-    missing = [option for option in ("credentials", "kafka") if overrides.get(option) is None]
-    if missing:
-        raise ConfigError(f"without --config these options are needed: {', '.join('--' + name for name in missing)}")
-    return validated({}, "command line", **overrides)
 
 
 @app.command()
@@ -48,9 +38,11 @@ def elog(
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    overrides = {"credentials": credentials, "database": database, "host": host, "port": port}
+    options = {
+        "credentials": credentials, "kafka.bootstrap_servers": kafka, "database": database, "host": host, "port": port
+    }  # fmt: skip
     try:
-        _serve(_configuration(config, overrides, kafka))
+        _serve(load(config, **options))
     except (ConfigError, CredentialsError) as error:
         log.error("%s", error)
         raise typer.Exit(2) from error

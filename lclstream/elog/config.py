@@ -5,20 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
+from lclstream import config_file
+from lclstream.config_file import FilePath
 from lclstream.security.rate import Rate
 
 #: What an experiment may be called; the name becomes part of URLs, messages and DAG run ids.
 EXPERIMENT_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 
-_FilePath = Annotated[Path, AfterValidator(Path.expanduser)]
 ExperimentName = Annotated[str, Field(pattern=EXPERIMENT_PATTERN)]
-
-
-class ConfigError(ValueError):
-    """A configuration file that cannot be used; the message names file, key and value."""
 
 
 class _Model(BaseModel):
@@ -61,50 +57,22 @@ class ElogConfig(_Model):
 
     host: str = "127.0.0.1"
     port: int = Field(default=8448, ge=0, le=65535)
-    credentials: _FilePath
+    credentials: FilePath = Field(description="folder of the service's certificate (--credentials)")
     database: str = "sqlite:///elog.sqlite"
-    kafka: KafkaConfig
+    kafka: KafkaConfig = Field(description="the broker (--kafka)")
     experiments: list[ExperimentName] | None = None
     locations: dict[str, LocationConfig] = {}
     rate: Rate | None = None
 
 
-def load(path: Path, **overrides: object) -> ElogConfig:
+def load(path: Path | None, **options: object) -> ElogConfig:
     """Read a configuration file; options of the command line replace what it says.
+
+    Args:
+        path: the file; None: the options say everything.
+        options: fields of :class:`ElogConfig`, those of `kafka` with a dot; None: not given.
 
     Raises:
         ConfigError: the file cannot be read, or something in it is wrong.
     """
-    try:
-        document = yaml.safe_load(path.read_text()) or {}
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from error
-    if not isinstance(document, dict):
-        raise ConfigError(f"{path}: must be a mapping of keys, not {type(document).__name__}")
-    return validated(document, str(path), **overrides)
-
-
-def validated(document: dict[str, object], source: str, **overrides: object) -> ElogConfig:
-    """The configuration in a mapping.
-
-    Raises:
-        ConfigError: with every wrong key, its value, and what is wrong with it.
-    """
-    try:
-        return ElogConfig.model_validate(
-            document | {key: value for key, value in overrides.items() if value is not None}
-        )
-    except ValidationError as error:
-        raise ConfigError(f"{source}: {explain(error)}") from error
-
-
-def explain(error: ValidationError) -> str:
-    """A validation error in one line a problem: key, value, what is wrong."""
-    lines = []
-    for problem in error.errors(include_url=False):
-        key = ".".join(str(part) for part in problem["loc"]) or "(top level)"
-        given = "" if problem["type"] == "missing" else f" (got {problem['input']!r})"
-        lines.append(f"{key}: {problem['msg']}{given}")
-    return "; ".join(lines)
+    return config_file.load(ElogConfig, path, options)

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
+from lclstream.config_file import ConfigError
 from lclstream.jobs.app import PREFIX, create_app
-from lclstream.jobs.config import ConfigurationError, load
+from lclstream.jobs.config import load
 from lclstream.jobs.engine import Engine, PrefixInUseError
 from lclstream.security.credentials import Credentials
 from lclstream.security.errors import CredentialsError
@@ -58,12 +59,12 @@ def jobs(
         identity = Credentials(settings.credentials)
         # Read here as well: a folder that cannot be used must not become a traceback of the server's.
         identity.server_context()
-    except (ConfigurationError, CredentialsError) as error:
+    except (ConfigError, CredentialsError) as error:
         log.error("%s", error)
         raise typer.Exit(2) from error
     try:
         engine = Engine(settings, identity)
-    except (ConfigurationError, CredentialsError) as error:
+    except (ConfigError, CredentialsError) as error:
         log.error("%s", error)
         raise typer.Exit(2) from error
     except PrefixInUseError as error:

@@ -7,15 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import unquote, urlsplit
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from lclstream import config_file
+from lclstream.config_file import FilePath
 from lclstream.security.limits import Limits, RouteLimits
 from lclstream.security.rate import Rate
-
-
-class ConfigurationError(ValueError):
-    """The configuration cannot be used; the message names file, key, value and what would be valid."""
 
 
 class _Model(BaseModel):
@@ -145,7 +142,7 @@ class PsikBackend(_Model):
     url: Annotated[str, AfterValidator(_service)]
     prefix: str = "/v2"
     backend: str = "default"
-    credentials: Path | None = None
+    credentials: FilePath | None = None
     callback_url: Annotated[str, AfterValidator(_service)] | None = None
     poll_s: float = Field(default=2.0, ge=0.1, le=600)
     timeout_s: float = Field(default=30.0, gt=0, le=600)
@@ -293,16 +290,16 @@ class JobsConfig(_Model):
     """
 
     listen: Listen = Listen()
-    credentials: Path
-    prefix: Path
+    credentials: FilePath
+    prefix: FilePath
     backends: dict[str, BackendConfig] = Field(default={"default": LocalBackend()}, min_length=1)
     callbacks: Callbacks = Callbacks()
     directories: list[Path] = []
-    roles: Path | None = None
+    roles: FilePath | None = None
     cancel_jobs_on_exit: bool = False
     max_lease_s: float = Field(default=86400.0, gt=0, allow_inf_nan=False)
     limits: JobLimits = JobLimits()
-    access_log: Path | None = None
+    access_log: FilePath | None = None
 
     @model_validator(mode="after")
     def _folders_stay_apart(self) -> JobsConfig:
@@ -327,40 +324,7 @@ def load(path: Path | None, **options: Any) -> JobsConfig:
         options: fields of :class:`JobsConfig`, with ``host`` and ``port`` for :class:`Listen`.
 
     Raises:
-        ConfigurationError: the file cannot be read, or a value in it cannot be used.
+        ConfigError: the file cannot be read, or a value in it cannot be used.
     """
-    document: Any = {}
-    if path is not None:
-        try:
-            document = yaml.safe_load(path.read_text())
-        except OSError as error:
-            raise ConfigurationError(f"{path}: cannot be read: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigurationError(f"{path}: is no YAML: {error}") from error
-        if document is None:
-            document = {}
-        if not isinstance(document, dict):
-            raise ConfigurationError(f"{path}: must be a mapping such as `prefix: /var/lib/lclstream/jobs`")
-    given = {key: value for key, value in options.items() if value is not None}
-    listen = {key: given.pop(key) for key in ("host", "port") if key in given}
-    if listen:
-        known = document.get("listen", {})
-        document["listen"] = {**known, **listen} if isinstance(known, dict) else known
-    document.update(given)
-    try:
-        return JobsConfig.model_validate(document)
-    except ValidationError as error:
-        where = str(path) if path else "the command line"
-        lines = [f"{where}: {_explain(problem)}" for problem in error.errors(include_url=False)]
-        raise ConfigurationError("\n".join(lines)) from error
-
-
-def _explain(problem: Any) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        return f"{key}: no such key"
-    if problem["type"] == "missing":
-        return f"{key}: is missing"
-    if problem["type"] == "value_error" or not key:
-        return str(problem["msg"]).removeprefix("Value error, ")
-    return f"{key}: {problem['msg']}, not {problem['input']!r}"
+    listen = {f"listen.{key}": options.pop(key, None) for key in ("host", "port")}
+    return config_file.load(JobsConfig, path, {**options, **listen})

@@ -72,7 +72,7 @@ class Engine:
         credentials: its certificate folder, for callbacks.
 
     Raises:
-        ConfigurationError: a backend cannot work on this machine.
+        ConfigError: a backend cannot work on this machine.
         CredentialsError: the file of roles, or a backend's certificate folder, cannot be used.
         PrefixInUseError: another service has the folder.
         OSError: the folder cannot be written.

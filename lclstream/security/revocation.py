@@ -24,6 +24,8 @@ from typing import Annotated
 import yaml
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from lclstream import config_file
+from lclstream.config_file import ConfigError
 from lclstream.security.errors import CredentialsError
 from lclstream.security.identity import Identity
 from lclstream.security.stamp import stamp
@@ -75,17 +77,17 @@ def load(path: Path) -> list[Revocation]:
         CredentialsError: the file cannot be read, or an entry is wrong; the message says which.
     """
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return _LIST.validate_python([] if document is None else document)
+        document = config_file.read(path)
+    except ConfigError as error:
+        raise CredentialsError(str(error)) from error
+    try:
+        return _LIST.validate_python([] if document.value is None else document.value)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "document"
         raise CredentialsError(
-            f"{path}: {place}: {first['msg']} (is {str(first['input'])[:99]!r}); an entry has `serial` (hexadecimal, "
-            "in quotes), `issuer`, `since` (with time zone) and `reason`"
+            f"{document.where(first['loc'])}{first['msg']} (is {str(first['input'])[:99]!r}); an entry has `serial` "
+            "(hexadecimal, in quotes), `issuer`, `since` (with time zone) and `reason`"
         ) from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
-        raise CredentialsError(f"{path}: cannot be read as a list of revoked certificates: {error}") from error
 
 
 def dump(entries: list[Revocation]) -> str:

@@ -24,9 +24,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from lclstream import config_file
+from lclstream.config_file import ConfigError
 from lclstream.security.errors import CredentialsError
 from lclstream.security.identity import Identity
 from lclstream.security.stamp import stamp
@@ -247,15 +248,9 @@ def load(path: Path) -> Roles:
         CredentialsError: the file cannot be read or is wrong; the message says where.
     """
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return Roles.model_validate({} if document is None else document)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        raise CredentialsError(f"{path}: {place + ': ' if place else ''}{message}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
-        raise CredentialsError(f"{path}: cannot be read as roles: {error}") from error
+        return config_file.load(Roles, path)
+    except ConfigError as error:
+        raise CredentialsError(str(error)) from error
 
 
 class RolesFile:

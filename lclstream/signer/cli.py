@@ -13,11 +13,12 @@ from typing import Annotated
 import typer
 import yaml
 
+from lclstream.config_file import ConfigError
 from lclstream.security.errors import AuthenticationError, CredentialsError, UnreachableError
 from lclstream.security.revocation import dump, same_serial, write
 from lclstream.signer.client import ask, remaining, request_certificate
 from lclstream.signer.config import SOCKET, load
-from lclstream.signer.errors import ConfigError, RefusedError
+from lclstream.signer.errors import RefusedError
 from lclstream.signer.wire import Answer, Check, List, Request, Revoke, Revoked
 
 app = typer.Typer(

@@ -11,13 +11,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from lclstream import config_file
+from lclstream.config_file import FilePath
 from lclstream.security.rate import Rate
-from lclstream.signer.errors import ConfigError
 
 #: Where the socket is unless somebody says otherwise.
 SOCKET = Path("/run/lclstream/signer.sock")
@@ -47,8 +47,8 @@ class SignerConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    authority: Path
-    socket: Path = SOCKET
+    authority: FilePath = Field(description="the folder with CA.crt and CA.key (--authority)")
+    socket: FilePath = SOCKET
     database: str = "sqlite:////var/lib/lclstream/signer.sqlite"
     validity_h: _Hours = 12.0
     max_validity_h: _Hours = 24.0
@@ -58,8 +58,8 @@ class SignerConfig(BaseModel):
     services: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")], Annotated[str, Field(pattern="^https://")]] = (
         Field(default_factory=dict)
     )
-    services_issuer: Path | None = None
-    revoked_files: list[Path] = Field(default_factory=list)
+    services_issuer: FilePath | None = None
+    revoked_files: list[FilePath] = Field(default_factory=list)
     rate: Rate = Rate(per_s=1 / 60, burst=20)
 
     @model_validator(mode="after")
@@ -72,28 +72,10 @@ class SignerConfig(BaseModel):
         return self
 
 
-def load(path: Path | None, **overrides: Any) -> SignerConfig:
+def load(path: Path | None, **options: object) -> SignerConfig:
     """Read a configuration file; options that are not None win over it.
 
     Raises:
         ConfigError: the file cannot be read, or a value is wrong; the message says which.
     """
-    document: Any = {}
-    if path is not None:
-        try:
-            document = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"{path}: cannot be read: {error}") from error
-        if not isinstance(document, dict):
-            raise ConfigError(f"{path}: keys and values are needed, such as `authority: /etc/lclstream/authority`")
-    document = {**document, **{key: value for key, value in overrides.items() if value is not None}}
-    if "authority" not in document:
-        raise ConfigError("`authority` is missing: name the folder with CA.crt and CA.key (--authority or in the file)")
-    try:
-        return SignerConfig.model_validate(document)
-    except ValidationError as error:
-        lines = []
-        for one in error.errors():
-            place = ".".join(str(part) for part in one["loc"])
-            lines.append(f"{place or 'document'}: {one['msg'].removeprefix('Value error, ')} (found {one['input']!r})")
-        raise ConfigError(f"{path or 'command line'}: " + "; ".join(lines)) from error
+    return config_file.load(SignerConfig, path, options)

@@ -2,15 +2,12 @@
 
 ::
 
-    ConfigError (ValueError)   the signer's configuration or signing key cannot be used
     RefusedError (Exception)   the signer does not do what was asked; `rule` says by which rule
+
+A configuration, a signing key or a socket's folder that cannot be used is a :class:`lclstream.config_file.ConfigError`.
 """
 
 from __future__ import annotations
-
-
-class ConfigError(ValueError):
-    """The signer's configuration, its signing key or its socket's folder cannot be used."""
 
 
 class RefusedError(Exception):

@@ -21,7 +21,8 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from lclstream.signer.errors import ConfigError, RefusedError
+from lclstream.config_file import ConfigError
+from lclstream.signer.errors import RefusedError
 
 #: Clocks of machines differ: a certificate is valid from a little earlier on.
 _CLOCKS_DIFFER = datetime.timedelta(minutes=5)

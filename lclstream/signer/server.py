@@ -18,7 +18,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lclstream.signer.errors import ConfigError
+from lclstream.config_file import ConfigError
 from lclstream.signer.peer import Peer, peer_of
 from lclstream.signer.service import Signer
 from lclstream.signer.wire import REQUEST_BYTES, Answer

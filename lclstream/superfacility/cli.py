@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lclstream.jobs.config import ConfigurationError
+from lclstream.config_file import ConfigError
 from lclstream.jobs.engine import PrefixInUseError
 from lclstream.security.access import AccessLog
 from lclstream.security.limits import LimitRequests, Limits
@@ -72,7 +72,7 @@ def serve(
         settings = load(config)
         settings.public_keys()
         engine = make_engine(settings)
-    except ConfigurationError as error:
+    except ConfigError as error:
         raise _fail(2, error) from error
     except PrefixInUseError as error:
         raise _fail(3, error) from error

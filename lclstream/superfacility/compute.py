@@ -51,7 +51,7 @@ def make_engine(config: SuperfacilityConfig) -> Engine:
     """The engine that runs the jobs of all machines.
 
     Raises:
-        ConfigurationError, PrefixInUseError, OSError: see :class:`lclstream.jobs.engine.Engine`.
+        ConfigError, PrefixInUseError, OSError: see :class:`lclstream.jobs.engine.Engine`.
     """
     files = config.files.expanduser().resolve()
     files.mkdir(parents=True, exist_ok=True, mode=0o755)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lclstream.jobs.config import ConfigurationError, LocalBackend, SbatchOption, SlurmBackend
+from lclstream import config_file
+from lclstream.config_file import ConfigError, FilePath
+from lclstream.jobs.config import LocalBackend, SbatchOption, SlurmBackend
 
 #: Paths the published client and NERSC's own service have.
 API_PATH = "/api/v1.2"
@@ -47,8 +48,8 @@ class Tls(_Model):
         key: PEM file.
     """
 
-    certificate: Path
-    key: Path
+    certificate: FilePath
+    key: FilePath
 
 
 class Client(_Model):
@@ -62,7 +63,7 @@ class Client(_Model):
 
     id: str = Field(pattern=r"^[A-Za-z0-9]{13}$")
     user: str = Field(pattern=r"^[a-z_][a-z0-9_-]{0,31}$")
-    public_key: Path
+    public_key: FilePath
 
 
 class Project(_Model):
@@ -103,12 +104,12 @@ class SuperfacilityConfig(_Model):
     listen: Listen = Listen()
     url: str | None = Field(default=None, pattern=r"^https?://[^/]+$")
     tls: Tls | None = None
-    state: Path
-    files: Path
+    state: FilePath
+    files: FilePath
     machines: dict[MachineName, MachineBackend] = Field(default={"perlmutter": LocalBackend()}, min_length=1)
     clients: list[Client] = Field(min_length=1)
     projects: list[Project] = []
-    status: Path | None = None
+    status: FilePath | None = None
     ignore_options: list[SbatchOption] = []
     token_s: float = Field(default=600.0, gt=0, le=86400)
     download_bytes: int = Field(default=64 << 20, ge=1024)
@@ -139,16 +140,16 @@ class SuperfacilityConfig(_Model):
         """The clients' keys, by their ids.
 
         Raises:
-            ConfigurationError: a file cannot be read, or holds no RSA public key.
+            ConfigError: a file cannot be read, or holds no RSA public key.
         """
         keys = {}
         for client in self.clients:
             try:
                 key = load_pem_public_key(client.public_key.expanduser().read_bytes())
             except (OSError, ValueError, UnsupportedAlgorithm) as error:
-                raise ConfigurationError(f"clients: {client.id}: {client.public_key}: {error}") from error
+                raise ConfigError(f"clients: {client.id}: {client.public_key}: {error}") from error
             if not isinstance(key, RSAPublicKey):
-                raise ConfigurationError(f"clients: {client.id}: {client.public_key} holds no RSA key")
+                raise ConfigError(f"clients: {client.id}: {client.public_key} holds no RSA key")
             keys[client.id] = key
         return keys
 
@@ -164,21 +165,6 @@ def load(path: Path) -> SuperfacilityConfig:
     """Read the configuration file.
 
     Raises:
-        ConfigurationError: it cannot be read, or a value in it cannot be used.
+        ConfigError: it cannot be read, or a value in it cannot be used.
     """
-    try:
-        document: Any = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigurationError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{path}: is no YAML: {error}") from error
-    if not isinstance(document, dict):
-        raise ConfigurationError(f"{path}: must be a mapping such as `files: /srv/superfacility/files`")
-    try:
-        return SuperfacilityConfig.model_validate(document)
-    except ValidationError as error:
-        lines = []
-        for problem in error.errors(include_url=False):
-            key = ".".join(str(part) for part in problem["loc"])
-            lines.append(f"{path}: {key + ': ' if key else ''}{problem['msg'].removeprefix('Value error, ')}")
-        raise ConfigurationError("\n".join(lines)) from error
+    return config_file.load(SuperfacilityConfig, path)

@@ -20,7 +20,7 @@ from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 
 from lclstream import __version__
-from lclstream.jobs.config import ConfigurationError
+from lclstream.config_file import ConfigError
 from lclstream.jobs.engine import Engine, NoSuchJobError
 from lclstream.superfacility import standing
 from lclstream.superfacility.compute import Compute, SubmissionError
@@ -41,7 +41,7 @@ class Service:
         engine: runs the jobs.
 
     Raises:
-        ConfigurationError: a client's key cannot be used.
+        ConfigError: a client's key cannot be used.
     """
 
     def __init__(self, config: SuperfacilityConfig, engine: Engine) -> None:
@@ -56,7 +56,7 @@ class Service:
         """How the machines stand now."""
         try:
             return standing.read(self.config.status, self.config.machines)
-        except ConfigurationError as error:
+        except ConfigError as error:
             log.error("%s", error)
             raise HTTPException(503, "the file of machine states cannot be used; the service's log says why") from error
 
@@ -368,7 +368,7 @@ def create_app(config: SuperfacilityConfig, engine: Engine) -> FastAPI:
     """The application; the engine runs from its start to its end.
 
     Raises:
-        ConfigurationError: a client's key cannot be used.
+        ConfigError: a client's key cannot be used.
     """
     service = Service(config, engine)
 

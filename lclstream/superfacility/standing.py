@@ -16,10 +16,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from lclstream.jobs.config import ConfigurationError
+from lclstream import config_file
+from lclstream.config_file import ConfigError
 
 
 class Outage(BaseModel):
@@ -69,12 +69,14 @@ def read(path: Path | None, machines: Iterable[str]) -> dict[str, Standing]:
     """How all machines stand, those of the file and the others.
 
     Raises:
-        ConfigurationError: the file cannot be used.
+        ConfigError: the file cannot be used.
     """
     found: dict[str, Standing] = {}
     if path is not None and path.exists():
+        document = config_file.read(path)
         try:
-            found = _file.validate_python(yaml.safe_load(path.read_text()) or {})
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError) as error:
-            raise ConfigurationError(f"{path}: {error}") from error
+            found = _file.validate_python(document.value or {})
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raise ConfigError(f"{document.where(first['loc'])}{first['msg']}, not {first['input']!r}") from error
     return {**{name: Standing() for name in machines}, **found}

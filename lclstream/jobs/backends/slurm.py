@@ -17,9 +17,9 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from lclstream.config_file import ConfigError
 from lclstream.jobs import runner
 from lclstream.jobs.backends import BackendUnavailableError, RefusedError, SubmissionRejectedError, plans
-from lclstream.jobs.config import ConfigurationError
 from lclstream.jobs.config import SlurmBackend as SlurmConfig
 from lclstream.jobs.job import Job
 from lclstream.jobs.machine import Fact, Report
@@ -76,7 +76,7 @@ class SlurmBackend:
         config: its settings.
 
     Raises:
-        ConfigurationError: Slurm's commands are not installed here.
+        ConfigError: Slurm's commands are not installed here.
     """
 
     def __init__(self, config: SlurmConfig) -> None:
@@ -340,7 +340,7 @@ class SlurmBackend:
 def _found(name: str) -> str:
     path = shutil.which(name)
     if path is None:
-        raise ConfigurationError(
+        raise ConfigError(
             f"backends: type slurm needs the command {name}, which is not in PATH: run the service on a machine that "
             "submits to the cluster"
         )

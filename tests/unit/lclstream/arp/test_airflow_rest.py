@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from lclstream.arp.airflow_rest import AirflowClient, AirflowRefusalError, AirflowUnavailableError
-from lclstream.arp.config import AirflowConfig, ConfigError
+from lclstream.arp.config import AirflowConfig
+from lclstream.config_file import ConfigError
 
 _FAKE = Path(__file__).parents[4] / "benchmarks" / "fake_airflow.py"
 

@@ -36,7 +36,7 @@ def test_check_reads_everything_and_connects_to_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"colour": "red"}, "colour: Extra inputs"),
+        ({"colour": "red"}, "colour: no such key"),
         ({"definitions": {"file": "/none.yaml"}}, "/none.yaml: cannot be read"),
         (
             {"airflow": {"url": "http://127.0.0.1:9", "username": "arp", "password_file": "/none"}},

@@ -12,7 +12,7 @@ from lclstream.elog import cli, run_cli
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ([], "--credentials, --kafka"),
+        ([], "kafka: is missing: the broker (--kafka)"),
         (["--credentials", "/none", "--kafka", "127.0.0.1:9"], "certificate folder /none does not exist"),
         (["--config", "/none.yaml"], "No such file"),
     ],
@@ -26,7 +26,7 @@ def test_a_wrong_key_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     config = tmp_path / "elog.yaml"
     config.write_text("credentials: /c\nkafka: {bootstrap_servers: x, topics: [runs]}\n")
     assert CliRunner().invoke(cli.app, ["--config", str(config)]).exit_code == 2
-    assert f"{config}: kafka.topics: Extra inputs" in caplog.text
+    assert f"{config}, line 2: kafka.topics: no such key" in caplog.text
 
 
 def test_a_database_that_cannot_be_opened_is_said(sites: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:

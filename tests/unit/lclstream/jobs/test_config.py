@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lclstream.jobs.config import Callbacks, ConfigurationError, load
+from lclstream.config_file import ConfigError
+from lclstream.jobs.config import Callbacks, load
 
 REPOSITORY = Path(__file__).resolve().parents[4]
 
@@ -54,7 +55,7 @@ def test_options_override_the_file(tmp_path: Path) -> None:
 )
 def test_a_wrong_configuration_names_file_key_and_remedy(tmp_path: Path, text: str, words: list[str]) -> None:
     path = written(tmp_path, text)
-    with pytest.raises(ConfigurationError) as caught:
+    with pytest.raises(ConfigError) as caught:
         load(path)
     assert str(path) in str(caught.value)
     for word in words:
@@ -62,7 +63,7 @@ def test_a_wrong_configuration_names_file_key_and_remedy(tmp_path: Path, text: s
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"nowhere\.yaml: cannot be read"):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: cannot be read"):
         load(tmp_path / "nowhere.yaml")
 
 

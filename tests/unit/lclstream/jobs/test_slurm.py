@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from lclstream.config_file import ConfigError
 from lclstream.jobs.backends.slurm import _accounted, _is_away, _quoted, _snapshot_of
-from lclstream.jobs.config import ConfigurationError, JobsConfig
+from lclstream.jobs.config import JobsConfig
 
 
 def slurm(**settings: Any) -> JobsConfig:
@@ -76,5 +77,5 @@ def test_a_machine_without_slurm_is_a_configuration_error(monkeypatch: pytest.Mo
     from lclstream.jobs.config import SlurmBackend as SlurmConfig
 
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(ConfigurationError, match="sbatch"):
+    with pytest.raises(ConfigError, match="sbatch"):
         SlurmBackend(SlurmConfig(type="slurm"))

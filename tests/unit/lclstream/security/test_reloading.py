@@ -308,7 +308,7 @@ def test_a_server_does_not_start_on_a_wrong_list(service: Running, tmp_path: Pat
     (folder / "revoked.yaml").write_text("- {serial: 1234, issuer: O=x, since: 2026-01-01T00:00:00Z}")
     from lclstream.security.reloading import LiveCredentials
 
-    with pytest.raises(CredentialsError, match=r"revoked\.yaml: 0\.serial.*in quotes"):
+    with pytest.raises(CredentialsError, match=r"revoked\.yaml, line 1: 0\.serial.*in quotes"):
         LiveCredentials(Credentials(folder))
 
 

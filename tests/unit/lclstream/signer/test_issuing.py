@@ -17,8 +17,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from lclstream.config_file import ConfigError
 from lclstream.security.identity import Identity
-from lclstream.signer.errors import ConfigError, RefusedError
+from lclstream.signer.errors import RefusedError
 from lclstream.signer.issuing import Authority, SentKey, read_key
 
 

@@ -18,10 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy.exc import SQLAlchemyError
 
+from lclstream.config_file import ConfigError
 from lclstream.security.rate import Rate
 from lclstream.security.revocation import load
 from lclstream.signer import config as configuration
-from lclstream.signer.errors import ConfigError
 from lclstream.signer.peer import Peer
 from lclstream.signer.service import Signer
 from lclstream.signer.store import Store
@@ -339,15 +339,15 @@ def test_signatures_outlive_the_signer(signer: Callable[..., Signer], store: Sto
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("validity_h: 12", "`authority` is missing"),
+        ("validity_h: 12", r"authority: is missing: the folder with CA.crt and CA.key \(--authority\)"),
         ("authority: x\nvalidity_h: 48", r"validity_h \(48\) is more than max_validity_h \(24\)"),
         ("authority: x\nvalidity_h: 0", "validity_h"),
         ("authority: x\nmax_validity_h: 1000", "max_validity_h"),
         ("authority: x\nallow_everything: true", "allow_everything"),
         ("authority: x\nservices: {api: http://x}", r"services\.api"),
         ("authority: x\nservices: {../api: https://x}", "services"),
-        ("- 1", "keys and values"),
-        ("authority: [", "cannot be read"),
+        ("- 1", "keys to values"),
+        ("authority: [", "no YAML"),
     ],
 )
 def test_a_wrong_configuration_is_refused_with_the_place(tmp_path: Path, text: str, words: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from lclstream.jobs.config import ConfigurationError
+from lclstream.config_file import ConfigError
 from lclstream.superfacility import standing
 from lclstream.superfacility.cli import app
 from lclstream.superfacility.config import load
@@ -47,17 +47,17 @@ def test_a_wrong_configuration_names_the_key(
     tmp_path: Path, changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigurationError) as wrong:
+    with pytest.raises(ConfigError) as wrong:
         load(write(tmp_path, **changes))
     assert message in str(wrong.value)
 
 
 def test_a_key_that_is_none_is_named(tmp_path: Path) -> None:
     settings = load(write(tmp_path))
-    with pytest.raises(ConfigurationError, match="No such file"):
+    with pytest.raises(ConfigError, match="No such file"):
         settings.public_keys()
     (tmp_path / "airflow.pub").write_text("no key")
-    with pytest.raises(ConfigurationError, match=r"0123456789abc: .*airflow\.pub"):
+    with pytest.raises(ConfigError, match=r"0123456789abc: .*airflow\.pub"):
         settings.public_keys()
 
 
@@ -81,5 +81,5 @@ def test_a_broken_file_of_states_is_no_state(tmp_path: Path) -> None:
     file = tmp_path / "status.yaml"
     assert standing.read(file, ["perlmutter"])["perlmutter"].status == "active"
     file.write_text("perlmutter: {status: sleepy}")
-    with pytest.raises(ConfigurationError, match="sleepy"):
+    with pytest.raises(ConfigError, match="sleepy"):
         standing.read(file, ["perlmutter"])
