@@ -110,8 +110,8 @@ class JIDSlurmOperator(SlurmOperator):
         self._interface: JobInterfaceHook | None = None
         self._authorization: str | None = None
         #: What we ask the job interface for, and what it has answered.
-        self._asked: dict[str, Any] = {}
-        self._document: dict[str, Any] = {}
+        self._jid_request: dict[str, Any] = {}
+        self._jid_document: dict[str, Any] = {}
         self._store: Any = None
 
     @property
@@ -180,7 +180,7 @@ class JIDSlurmOperator(SlurmOperator):
             "parameters": " ".join([*lute, *slurm]),
             "run_as_user": self.user,
         }
-        self._asked = {
+        self._jid_request = {
             "arp_root_job_id": conf.get("ARP_ROOT_JOB_ID"),
             "experiment": _needed(conf, "experiment"),
             "run_num": conf.get("run_id"),
@@ -246,8 +246,8 @@ class JIDSlurmOperator(SlurmOperator):
             return super().start(key)
         known = self._store.get(_DOCUMENT_KEY) if self._store is not None else None
         if isinstance(known, dict) and known.get("key") == key:
-            self._document = known["document"]
-            number = str(self._document["tool_id"])
+            self._jid_document = known["document"]
+            number = str(self._jid_document["tool_id"])
             try:
                 return self.state(number)
             except ServiceError as error:
@@ -255,21 +255,21 @@ class JIDSlurmOperator(SlurmOperator):
                     raise
                 return Remote(number, Progress.OVER)
         names = [str(uuid.uuid5(uuid.NAMESPACE_URL, f"{key}/{part}")) for part in ("job", "definition", "def")]
-        control = {**self._asked, "_id": names[0], "def_id": names[1]}
+        control = {**self._jid_request, "_id": names[0], "def_id": names[1]}
         control["def"] = {**control["def"], "_id": names[2]}
         experiment = str(control["experiment"])
         answer = interface.call(lambda client: client.start_job(experiment, control))
-        self._document = _without_tokens(answer)
+        self._jid_document = _without_tokens(answer)
         if self._store is not None:
             # The interface cannot be asked for a job by a key of ours; what it knows it by is written down.
-            self._store.set(_DOCUMENT_KEY, {"key": key, "document": self._document})
+            self._store.set(_DOCUMENT_KEY, {"key": key, "document": self._jid_document})
         return Remote(str(answer["tool_id"]), Progress.UNDER_WAY)
 
     def state(self, remote_id: str | int) -> Remote:
         """See :meth:`RemoteWorkOperator.state`."""
         if self._interface is None:
             return super().state(remote_id)
-        known = self._interface.call(lambda client: client.status(self._document))
+        known = self._interface.call(lambda client: client.status(self._jid_document))
         status = known.get("status")
         if status in ("FAILED", "EXITED"):
             return Remote(remote_id, Progress.OVER)
@@ -281,7 +281,7 @@ class JIDSlurmOperator(SlurmOperator):
             super().record(context, remote_id)
             return
         context["ti"].xcom_push(key="job_id", value=remote_id)
-        self.log.info("Job %s of %s was given to the job interface", remote_id, self._document.get("experiment"))
+        self.log.info("Job %s of %s was given to the job interface", remote_id, self._jid_document.get("experiment"))
 
     def trigger(self, remote_id: str | int, deadline: float) -> PsikJobTrigger | JobInterfaceTrigger:  # type: ignore[override]
         """See :meth:`RemoteWorkOperator.trigger`."""
@@ -291,8 +291,8 @@ class JIDSlurmOperator(SlurmOperator):
             conn_id=self.job_conn_id,
             remote_id=str(remote_id),
             deadline=deadline,
-            experiment=str(self._document.get("experiment")),
-            document=self._document,
+            experiment=str(self._jid_document.get("experiment")),
+            document=self._jid_document,
             poll_interval=self.poll_interval,
             patience_s=self.patience_s,
             on_kill_policy=self.on_kill_policy,
@@ -304,13 +304,13 @@ class JIDSlurmOperator(SlurmOperator):
         if self._interface is None:
             super().cancel(remote_id)
             return
-        document = self._document
+        document = self._jid_document
         self._interface.call(lambda client: client.kill(str(document.get("experiment")), document))
 
     def resume_execution(self, next_method: str, next_kwargs: dict[str, Any] | None, context: Context) -> Any:
         """As Airflow does it: a new object, which first reads what the earlier one has written down."""
         if self._way(context) is not None and self._store is not None:
-            self._document = (self._store.get(_DOCUMENT_KEY) or {}).get("document", {})
+            self._jid_document = (self._store.get(_DOCUMENT_KEY) or {}).get("document", {})
         return super().resume_execution(next_method, next_kwargs, context)
 
     def on_kill(self) -> None:
@@ -352,7 +352,7 @@ class JIDSlurmOperator(SlurmOperator):
 
     def _log(self) -> str:
         assert self._interface is not None
-        document = self._document
+        document = self._jid_document
         return self._interface.call(lambda client: client.log(str(document.get("experiment")), document))
 
     def _cleaned(self, log: str) -> str:

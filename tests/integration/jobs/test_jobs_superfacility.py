@@ -9,7 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import airflow.settings
 import pytest
+from airflow.dag_processing.dagbag import DagBag
+from airflow.utils.db import initdb
 
 pytest.importorskip("lclstream.superfacility.client", reason="needs pip install 'lclstream[superfacility]'")
 
@@ -83,39 +86,72 @@ def test_a_job_survives_the_restart_of_the_api(nersc: Any, wait_until: Callable[
     assert (state(nersc, number).state, state(nersc, number).exit_code) == ("FAILED", "3:0")
 
 
-def test_a_dag_reduces_at_two_centres(
-    nersc: Any, slurm: Path, make_service: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    jobs = make_service("two-centres")
+@pytest.fixture
+def run_dag(
+    slurm: Path, make_service: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[[str, str, dict[str, Any]], dict[str, Any]]:
+    """``run_dag(text, "my_dag", conf)`` runs a DAG; `psik_default` is a connection to a job service on the cluster."""
+    jobs = make_service(f"for-{tmp_path.name}")
     jobs.settings["backends"] = {
-        "default": {"type": "slurm", "poll_s": 0.3, "kill_grace_s": 1, "allow_attributes": ["--partition"]}
+        "default": {"type": "slurm", "poll_s": 0.3, "kill_grace_s": 1, "allow_attributes": ["--partition", "--nodes"]}
     }
     monkeypatch.setenv("SLURM_CONF", str(slurm))
     jobs.start()
-    for name, document in {
-        "superfacility_default": {
-            "conn_type": "superfacility", "host": nersc.url, "extra": {"key_file": str(nersc.key)},
-        },
-        "psik_default": {
-            "conn_type": "psik", "host": "127.0.0.1", "port": jobs.port,
-            "extra": {"credentials": str(jobs.credentials("airflow").folder)},
-        },
-    }.items():  # fmt: skip
-        monkeypatch.setenv(f"AIRFLOW_CONN_{name.upper()}", json.dumps(document))
-    dags = tmp_path / "dags"
-    dags.mkdir()
-    # The example asks the facility every ten seconds, as one should.
-    (dags / EXAMPLE.name).write_text(EXAMPLE.read_text().replace("poll_interval=10,", "poll_interval=0.5,"))
-    monkeypatch.setenv("AIRFLOW__CORE__DAGS_FOLDER", str(dags))
-    from airflow.dag_processing.dagbag import DagBag
-    from airflow.utils.db import initdb
+    extra = {"credentials": str(jobs.credentials("airflow").folder)}
+    document = {"conn_type": "psik", "host": "127.0.0.1", "port": jobs.port, "extra": extra}
+    monkeypatch.setenv("AIRFLOW_CONN_PSIK_DEFAULT", json.dumps(document))
+    # `dag.test` writes down a DAG of this folder only; other tests have another one.
+    monkeypatch.setattr(airflow.settings, "DAGS_FOLDER", str(tmp_path))
 
-    initdb()
-    dag = DagBag(dag_folder=str(dags / EXAMPLE.name)).dags["two_centres"]
-    dag_run = dag.test(logical_date=None, run_conf={"folder": str(nersc.home), "run": 42})
-    tasks = {task.task_id: task for task in dag_run.get_task_instances()}
+    def run(text: str, dag_id: str, conf: dict[str, Any]) -> dict[str, Any]:
+        initdb()
+        file = tmp_path / f"{dag_id}.py"
+        file.write_text(text)
+        bag = DagBag(dag_folder=str(file))
+        assert bag.import_errors == {}
+        dag_run = bag.dags[dag_id].test(logical_date=None, run_conf=conf)
+        return {task.task_id: task for task in dag_run.get_task_instances()}
+
+    return run
+
+
+def test_a_dag_reduces_at_two_centres(nersc: Any, run_dag: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    document = {"conn_type": "superfacility", "host": nersc.url, "extra": {"key_file": str(nersc.key)}}
+    monkeypatch.setenv("AIRFLOW_CONN_SUPERFACILITY_DEFAULT", json.dumps(document))
+    # The example asks the facility every ten seconds, as one should.
+    text = EXAMPLE.read_text().replace("poll_interval=10,", "poll_interval=0.5,")
+    tasks = run_dag(text, "two_centres", {"folder": str(nersc.home), "run": 42})
     assert {name: str(task.state) for name, task in tasks.items()} == {"at_nersc": "success", "at_slac": "success"}
-    for task in tasks.values():
-        assert task.xcom_pull(task_ids=task.task_id, key="result") == {"run": 42}
-    numbers = [task.xcom_pull(task_ids="at_nersc", key="job_id") for task in tasks.values()]
-    assert state(nersc, numbers[0]).state == "COMPLETED"
+    for name, task in tasks.items():
+        assert task.xcom_pull(task_ids=name, key="result") == {"run": 42}
+    number = tasks["at_nersc"].xcom_pull(task_ids="at_nersc", key="job_id")
+    assert state(nersc, number).state == "COMPLETED"
+
+
+LUTE = """
+from datetime import datetime
+from airflow import DAG
+from lclstream_airflow.operators.jid import JIDSlurmOperator
+
+dag = DAG(dag_id="lute_test", start_date=datetime(2024, 9, 3), schedule=None, description="as they are written")
+producer = JIDSlurmOperator(require_partition="debug", task_id="Producer", dag=dag)
+analyzer = JIDSlurmOperator(max_cores=1, max_nodes=1, require_partition="debug", task_id="Analyzer", dag=dag)
+producer >> analyzer
+"""
+
+
+def test_a_dag_for_the_job_interface_runs_on_the_cluster(run_dag: Callable[..., Any], tmp_path: Path) -> None:
+    submit = tmp_path / "lute" / "launch_scripts" / "submit_slurm.sh"
+    submit.parent.mkdir(parents=True)
+    submit.write_text('#!/bin/bash\nSLURM_ARGS=$@\nsbatch $SLURM_ARGS --wrap "echo $2 with \\$SLURM_NTASKS at $PWD"\n')
+    submit.chmod(0o755)
+    conf = {
+        "experiment": "mfxl1234", "run_id": "7", "user": "ada", "lute_location": str(tmp_path / "lute"),
+        "lute_params": {"config_file": "/conf.yaml", "debug": False},
+        "slurm_params": ["--ntasks=2", "--partition=elsewhere", "--time=5"], "Authorization": "Bearer s3cr3t",
+    }  # fmt: skip
+    tasks = run_dag(LUTE, "lute_test", conf)
+    assert {name: str(task.state) for name, task in tasks.items()} == {"Producer": "success", "Analyzer": "success"}
+    logs = {name: task.xcom_pull(task_ids=name, key="log") for name, task in tasks.items()}
+    assert "Producer with 2 at" in logs["Producer"]
+    assert "Analyzer with 1 at" in logs["Analyzer"]
