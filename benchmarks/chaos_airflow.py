@@ -423,9 +423,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run it as the options say."""
+    began = time.monotonic()
 
     def say(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        print(f"{time.monotonic() - began:6.1f} s  {text}", file=sys.stderr, flush=True)
 
     cases = QUICK if arguments.quick else None
     with tempfile.TemporaryDirectory(prefix="lclstream-chaos-") as folder:

@@ -40,6 +40,7 @@ class FakeAirflow:
         dag_runs: what was made: (DAG id, DAG run id) -> {"conf", "state", …}, in the order of creation.
         attempts: every attempt to make one, as (DAG id, DAG run id, status answered).
         faults: what happens to the next attempts.
+        on_asked: called with the DAG run's id before it is made, or refused.
         on_made: called with the DAG run's id after it was made and before the answer.
         dags: ids of the DAGs there are; None: all.
     """
@@ -49,6 +50,7 @@ class FakeAirflow:
         self.dag_runs: dict[tuple[str, str], dict[str, Any]] = {}
         self.attempts: list[tuple[str, str, int]] = []
         self.faults: deque[Fault] = deque()
+        self.on_asked: Callable[[str], None] | None = None
         self.on_made: Callable[[str], None] | None = None
         self.dags: set[str] | None = None
         self.password = PASSWORD
@@ -191,6 +193,8 @@ class FakeAirflow:
 
     def _make(self, handler: Any, dag_id: str, body: dict[str, Any]) -> None:
         run_id = body["dag_run_id"]
+        if self.on_asked is not None:
+            self.on_asked(run_id)
         with self.lock:
             fault = self.faults.popleft() if self.faults else None
             key = (dag_id, run_id)

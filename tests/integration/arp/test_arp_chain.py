@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -91,6 +92,36 @@ def test_every_trigger_of_the_logbook_starts_its_dag_once(
     assert (conf["user"], conf["job_id"], conf["run_document"]["num"]) == ("alice", job.id, 1)
     assert conf["parameters"] == {"stream_config": "/x.yaml"}
     assert airflow.conf("mfx1__r0001__start_of_run__on_start")["user"] == "alice"
+
+
+@pytest.mark.parametrize("step", ["after it made the job", "while Airflow is asked", "after Airflow made it"])
+def test_killed_at_any_step_there_is_one_dag_run_and_one_job_in_the_logbook(
+    logbook: ElogClient, start_arp: Any, airflow: Any, wait_until: Any, topics: Any, step: str
+) -> None:
+    logbook.create_update_workflow_def("mfx1", definition("on_start", "START_OF_RUN"))
+    settings: dict[str, Any] = {"definitions": {"elog": logbook.base_url, "file": None}, "jobs": {"every_s": 0.2}}
+    child = start_arp(**settings)
+
+    def kill(_: str) -> None:
+        child.signal(signal.SIGKILL)
+        child.wait(20)
+
+    if step == "after it made the job":
+        airflow.stop()
+        logbook.start_run("mfx1")
+        wait_until(lambda: logbook.workflow_jobs("mfx1"), 30, "job in the logbook")
+        kill("")
+        airflow.start()
+    else:
+        setattr(airflow, "on_asked" if step == "while Airflow is asked" else "on_made", kill)
+        logbook.start_run("mfx1")
+        child.wait(30)
+    airflow.on_asked = airflow.on_made = None
+    start_arp(**settings)
+    wait_until(lambda: topics.committed("arp") == 1, 40, "commit")
+    assert airflow.ids() == ["mfx1__r0001__start_of_run__on_start"]
+    (job,) = logbook.workflow_jobs("mfx1")
+    assert airflow.conf(airflow.ids()[0])["job_id"] == job.id
 
 
 def test_a_dag_run_is_watched_and_killed_in_the_logbook(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -85,6 +86,8 @@ def test_while_airflow_fails_the_event_waits_and_the_group_keeps_its_partitions(
     assert state["state"] == "retrying"
     assert state["lag"] == 1
     assert state["oldest_age_s"] > 1
+    (age,) = re.findall(r"^lclstream_arp_oldest_event_age_seconds (\S+)", status_of(child, "/metrics"), re.MULTILINE)
+    assert float(age) > 1
     assert "does not answer" in state["waiting"]["reason"]
     airflow.faults.extend([500, "made-then-drop"])
     airflow.start()
@@ -145,6 +148,44 @@ def test_killed_between_creation_and_commit_the_next_one_finds_the_dag_run(
     start_arp()
     wait_until(lambda: topics.committed("arp") == 1, 30, "commit")
     assert [status for *_, status in airflow.attempts] == [200, 409]
+
+
+def test_run_numbers_that_are_text_and_ends_that_come_before_starts_make_one_dag_run_each(
+    start_arp: Any, airflow: Any, run_message: Any, wait_until: Any
+) -> None:
+    end = {"end_time": "2026-03-01T12:01:00+00:00"}
+    with EmbeddedKafka(["runs", "file_catalog", "workflow_jobs", "arp-dead-letter"], partitions=2) as broker:
+        start_arp(kafka={"bootstrap_servers": broker.bootstrap_servers})
+        producer = Producer({"bootstrap.servers": broker.bootstrap_servers})
+
+        def send(partition: int, *messages: Any) -> None:
+            for message in messages:
+                producer.produce("runs", json.dumps(message).encode(), partition=partition)
+            assert producer.flush(20) == 0
+
+        names = ["grid7_0012", "0007", 7]
+        ends = [run_message(name, "Update", **end) for name in names]
+        send(1, *ends)
+        wait_until(lambda: len(airflow.ids()) == 3, 20, "DAG runs of the ends")
+        send(0, *(run_message(name) for name in names), *ends)
+        wait_until(lambda: len(airflow.ids()) == 6, 20, "DAG runs of the starts")
+    assert len(set(airflow.ids())) == 6
+    assert {status for *_, status in airflow.attempts} == {200}
+    numbers = [conf["conf"]["run"] for conf in airflow.dag_runs.values()]
+    assert numbers == [*names, *names]
+
+
+def test_a_broker_that_goes_away_and_comes_back_loses_no_event(
+    start_arp: Any, airflow: Any, broker: Any, topics: Any, run_message: Any, wait_until: Any
+) -> None:
+    child = start_arp()
+    topics.send("runs", run_message(1))
+    wait_until(lambda: len(airflow.ids()) == 1, 20, "first DAG run")
+    broker.set_down()
+    child.wait_for_output("WARNING lclstream.arp: Kafka at", 30)
+    broker.set_up()
+    topics.send("runs", run_message(2))
+    wait_until(lambda: airflow.ids() == [STREAM.format(1), STREAM.format(2)], 40, "second DAG run")
 
 
 def test_a_stop_does_not_wait_for_an_airflow_that_hangs_and_the_event_comes_again(
