@@ -184,7 +184,7 @@ class IriBackend(_Model):
     url: Annotated[str, AfterValidator(_facility)]
     prefix: str = Field(default="/api/v2", pattern=r"^(/[\w.-]+)*$")
     resource: str = Field(min_length=1)
-    token_file: Path
+    token_file: FilePath
     directory: str = Field(pattern=r"^/[A-Za-z0-9_./@+=,:-]*$")
     queue_name: str | None = None
     project_name: str | None = None

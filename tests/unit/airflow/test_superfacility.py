@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from airflow.sdk.exceptions import AirflowException, AirflowFailException, TaskDeferred
+from airflow.sdk.exceptions import (
+    AirflowException,
+    AirflowFailException,
+    AirflowOptionalProviderFeatureException,
+    TaskDeferred,
+)
 
 pytest.importorskip("lclstream.superfacility.client", reason="needs pip install 'lclstream[superfacility]'")
 
 from lclstream.security.errors import ServiceError, UnreachableError
 from lclstream.superfacility.client import SuperfacilityClient
+from lclstream_airflow.hooks import superfacility as superfacility_hook
 from lclstream_airflow.hooks.superfacility import SuperfacilityHook
 from lclstream_airflow.operators import remote
 from lclstream_airflow.operators import superfacility as module
@@ -370,3 +378,14 @@ def test_no_key_and_no_token_goes_through_xcom_or_the_log(
 
 async def _token(client: SuperfacilityClient) -> str:
     return str(await client._client.token)
+
+
+def test_without_the_published_client_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sfapi_client", None)
+    monkeypatch.delitem(sys.modules, "lclstream.superfacility.client")
+    path = Path(superfacility_hook.__file__)
+    specification = importlib.util.spec_from_file_location("hook_without_its_library", path)
+    assert specification is not None
+    assert specification.loader is not None
+    with pytest.raises(AirflowOptionalProviderFeatureException, match=r"pip install 'lclstream\[superfacility\]'"):
+        specification.loader.exec_module(importlib.util.module_from_spec(specification))
