@@ -1,45 +1,40 @@
 r"""How fast is the buffer, beside any other one and beside what the machine can do?
 
     python benchmarks/buffer.py --quick
+    python benchmarks/buffer.py --sustained 60 --sizes 4k,1M,8M
     python benchmarks/buffer.py --topology 1x1,2x2 --sizes 4k,1M,32M --json buffer.json \
         --peer './run-other-buffer {IN} {OUT}'
 
-Load comes from plain sockets that speak ZeroMQ's protocol, a process each: they write prepared bytes and count what
-arrives, so that neither library nor parsing of theirs is measured. Buffers are measured in turn (ours, peer, ours,
-...), each round with fresh processes; medians are printed. A peer is any command; {IN} and {OUT} become ``tcp://``
-URLs at which it must listen, for PUSH and PULL sockets.
+Load comes from `buffer_load.py`: plain sockets that speak ZeroMQ's protocol, a process each. Buffers are measured in
+turn (ours, peer, ours, ...), each round with fresh processes; medians are printed. A peer is any command; {IN} and
+{OUT} become ``tcp://`` URLs at which it must listen, for PUSH and PULL sockets.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
-import multiprocessing
 import os
 import platform
 import shlex
 import socket
-import ssl
 import statistics
 import struct
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
 
 import psutil
+from buffer_load import BLOCK, READ, check, clock, connect, consume, exactly, fork, produce, produce_at, started, wait
 
 from nngstream.wire import zmtp
 
-fork = multiprocessing.get_context("fork")
-Counter = "Synchronized[int]"
-BLOCK = 256 * 1024
-READ = 1 << 20
 WARM_UP_S = 3.0
 _UNITS = {"k": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -55,91 +50,6 @@ def size_name(size: int) -> str:
         if size >= factor:
             return f"{size / factor:g}{unit}"
     return str(size)
-
-
-# -- load
-
-
-def _connect(url: str, kind: str, tls: dict[str, str] | None) -> socket.socket:
-    """A connection after the handshake of a PUSH or PULL socket."""
-    deadline = time.monotonic() + 15
-    host, _, port = url.rpartition("://")[2].rpartition(":")
-    while True:
-        try:
-            sock = socket.create_connection((host, int(port)), timeout=10)
-            break
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if tls is not None:
-        context = ssl.create_default_context(cafile=tls["ca"])
-        context.load_cert_chain(tls["certificate"], tls["key"])
-        sock = context.wrap_socket(sock, server_hostname=host)
-    sock.sendall(zmtp.greeting() + zmtp.ready(kind))
-    _exactly(sock, zmtp.GREETING_SIZE)
-    _exactly(sock, _exactly(sock, 2)[1])
-    sock.settimeout(None)
-    return sock
-
-
-def _exactly(sock: socket.socket, size: int) -> bytearray:
-    data = bytearray(size)
-    view = memoryview(data)
-    while view:
-        count = sock.recv_into(view)
-        if not count:
-            raise ConnectionError("closed")
-        view = view[count:]
-    return data
-
-
-def produce(url: str, size: int, tls: dict[str, str] | None, interval_s: float) -> None:
-    """Send messages of `size` bytes for ever, as fast as they are taken, or one every `interval_s`."""
-    sock = _connect(url, "PUSH", tls)
-    with suppress(ConnectionError):  # the buffer was stopped
-        _produce(sock, size, interval_s)
-
-
-def _produce(sock: socket.socket, size: int, interval_s: float) -> None:
-    header = zmtp.ZMTP.header(size, False)
-    if interval_s:
-        message = bytearray(header + bytes(size))
-        due = time.monotonic()
-        while True:
-            due += interval_s
-            time.sleep(max(0.0, due - time.monotonic()))
-            struct.pack_into("d", message, len(header), time.monotonic())
-            sock.sendall(message)
-    block = memoryview((header + os.urandom(min(size, 1 << 20)) * max(1, size >> 20))[: len(header) + size])
-    if len(block) < BLOCK:
-        block = memoryview(bytes(block) * (BLOCK // len(block)))
-    while True:
-        sock.sendall(block)
-
-
-def consume(url: str, size: int, tls: dict[str, str] | None, counter: Synchronized[int]) -> None:
-    """Count the bytes that arrive, for ever."""
-    sock = _connect(url, "PULL", tls)
-    buffer = memoryview(bytearray(READ))
-    total = 0
-    while True:
-        count = sock.recv_into(buffer)
-        if not count:
-            return
-        total += count
-        counter.value = total
-
-
-def clock(url: str, size: int, tls: dict[str, str] | None, path: str) -> None:
-    """Note how old each message is when its last byte has arrived, in a file of doubles, for ever."""
-    sock = _connect(url, "PULL", tls)
-    header = len(zmtp.ZMTP.header(size, False))
-    with Path(path).open("ab", buffering=0) as file:
-        while True:
-            message = _exactly(sock, header + size)
-            file.write(struct.pack("d", time.monotonic() - struct.unpack_from("d", message, header)[0]))
 
 
 # -- buffers
@@ -183,16 +93,26 @@ def ours_command(capacity: str, tls: dict[str, str] | None) -> str:
     return shlex.join(words)
 
 
-def raw_relay(inp: int, out: int) -> None:
-    """What a relay costs that does nothing but move bytes, one connection a side, one thread."""
+def raw_relay(inp: int, out: int, splice: bool) -> None:
+    """What a relay costs that does nothing but move bytes, one connection a side, one thread.
+
+    It reads and writes, as whoever stores must; or it lets the kernel move its pages (splice), which a store cannot.
+    """
     servers = [socket.create_server(("127.0.0.1", port)) for port in (inp, out)]
     sockets = []
     for server, kind in zip(servers, ("PULL", "PUSH"), strict=True):
         sock, _ = server.accept()
-        _exactly(sock, zmtp.GREETING_SIZE)
-        _exactly(sock, _exactly(sock, 2)[1])
+        exactly(sock, zmtp.GREETING_SIZE)
+        exactly(sock, exactly(sock, 2)[1])
         sock.sendall(zmtp.greeting() + zmtp.ready(kind))
         sockets.append(sock)
+    if splice:
+        source, target = sockets[0].fileno(), sockets[1].fileno()
+        reader, writer = os.pipe()
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, READ)
+        while count := os.splice(source, writer, READ):
+            while count:
+                count -= os.splice(reader, target, count)
     buffer = memoryview(bytearray(BLOCK))
     while count := sockets[0].recv_into(buffer):
         sockets[1].sendall(buffer[:count])
@@ -203,36 +123,37 @@ def raw_relay(inp: int, out: int) -> None:
 
 def throughput(
     urls: tuple[str, str], process: psutil.Process | None, size: int, shape: tuple[int, int], seconds: float, tls: Any
-) -> tuple[float, float]:
-    """GB/s that arrive, and CPU seconds of the buffer for a GB."""
+) -> tuple[float, float, float]:
+    """GB/s that arrive, and CPU seconds for a GB: of the buffer, and of producers and consumers."""
     counters = [fork.Value("Q", 0, lock=False) for _ in range(shape[1])]
     loads = [fork.Process(target=consume, args=(urls[1], size, tls, counter), daemon=True) for counter in counters]
     loads += [fork.Process(target=produce, args=(urls[0], size, tls, 0), daemon=True) for _ in range(shape[0])]
-    with _started(loads):
-        _wait(lambda: sum(counter.value for counter in counters) > size)
+    with started(loads):
+        wait(lambda: sum(counter.value for counter in counters) > size)
         _warm_up(counters, 2 * capacity_for(size, shape[0]))
-        begin, before, cpu = time.monotonic(), sum(counter.value for counter in counters), _cpu(process)
-        # Large messages arrive in bursts: end when a burst has, not in the middle of a silence.
+        peers = [psutil.Process(load.pid) for load in loads]
+        begin, before = time.monotonic(), sum(counter.value for counter in counters)
+        cpu, load_cpu = _cpu(process), sum(map(_cpu, peers))
         time.sleep(seconds)
         after, end = sum(counter.value for counter in counters), time.monotonic()
-        used = _cpu(process) - cpu
-    gigabytes = (after - before) / 1e9
-    return gigabytes / (end - begin), used / gigabytes if gigabytes else float("nan")
+        cpu, load_cpu = _cpu(process) - cpu, sum(map(_cpu, peers)) - load_cpu
+    gigabytes = max(1, after - before) / 1e9
+    return gigabytes / (end - begin), cpu / gigabytes, load_cpu / gigabytes
 
 
 def latency(urls: tuple[str, str], size: int, shape: tuple[int, int], seconds: float, tls: Any) -> list[float]:
     """Milliseconds from the first byte's departure to the last one's arrival, at 0.2 GB/s or 500 a second."""
     interval = max(0.002, size / 2e8) * shape[0]
-    seconds = max(seconds, 20 * interval)
+    seconds = max(seconds, 20 * interval / shape[0])
     with tempfile.NamedTemporaryFile() as file:
         loads = [fork.Process(target=clock, args=(urls[1], size, tls, file.name), daemon=True) for _ in range(shape[1])]
-        with _started(loads):
+        with started(loads):
             time.sleep(0.3)
             producers = [
                 fork.Process(target=produce, args=(urls[0], size, tls, interval), daemon=True) for _ in range(shape[0])
             ]
-            with _started(producers):
-                _wait(lambda: Path(file.name).stat().st_size > 0)
+            with started(producers):
+                wait(lambda: Path(file.name).stat().st_size > 0)
                 time.sleep(seconds)
         data = file.read()
     times = [1000 * each[0] for each in struct.iter_unpack("d", data)]
@@ -241,11 +162,61 @@ def latency(urls: tuple[str, str], size: int, shape: tuple[int, int], seconds: f
 
 def idle(urls: tuple[str, str], process: psutil.Process, seconds: float, tls: Any) -> float:
     """Share of one core that the buffer takes with a peer on each side and nothing to do, in percent."""
-    with _connect(urls[0], "PUSH", tls), _connect(urls[1], "PULL", tls):
+    with connect(urls[0], "PUSH", tls), connect(urls[1], "PULL", tls):
         time.sleep(0.5)
         before = _cpu(process)
         time.sleep(seconds)
         return 100 * (_cpu(process) - before) / seconds
+
+
+def sustained(urls: tuple[str, str], size: int, rate: float, seconds: float, late_s: float) -> dict[str, Any]:
+    """Send messages at a rate (a second) for so long, one producer and one consumer; says what came, and how late."""
+    found, behind = fork.Array("d", 4, lock=False), fork.Value("d", 0, lock=False)
+    consumer = fork.Process(target=check, args=(urls[1], size, None, late_s, found), daemon=True)
+    producer = fork.Process(target=produce_at, args=(urls[0], size, None, rate, seconds, behind), daemon=True)
+    with started([consumer, producer]):
+        producer.join(2 * seconds + late_s + 10)
+        ended, end = not producer.is_alive(), time.monotonic() + late_s
+        together = max(1, BLOCK // (size + len(zmtp.ZMTP.header(size, False))))
+        sent = -(-int(rate * seconds) // together) * together
+        while time.monotonic() < end and found[0] < sent:
+            time.sleep(0.02)
+    return {
+        "lost": sent - int(found[0]) if ended else None,
+        "out_of_order": int(found[1]),
+        "late": int(found[2]),
+        "max_age_s": found[3],
+        "clean": ended and found[0] == sent and not found[1] and not found[2] and behind.value <= late_s,
+    }
+
+
+def highest_clean_rate(options: argparse.Namespace, size: int) -> dict[str, Any]:
+    """The highest rate at which no message is lost, and none arrives later than `--late` after it was due."""
+    command = ours_command(f"{capacity_for(size, 1)}B", None)
+    with running(command, None) as (inp, out, process):
+        most = throughput((inp, out), process, size, (1, 1), options.seconds, None)[0]
+    trial: dict[str, Any] = {"clean": False}
+    for percent in range(100, 0, -10):
+        rate = most * 1e9 / size * percent / 100
+        for seconds in (min(5.0, options.sustained), options.sustained):
+            with running(f"{command} --grace 3600", None) as (inp, out, _):
+                trial = sustained((inp, out), size, rate, seconds, options.late)
+            if not trial["clean"]:
+                break
+        if trial["clean"]:
+            break
+    return {
+        "case": "sustained",
+        "size": size,
+        "producers": 1,
+        "consumers": 1,
+        "seconds": options.sustained,
+        "late_s": options.late,
+        "ours_gbs": rate * size / 1e9,
+        "ours_messages_s": rate,
+        "share_of_throughput": percent / 100,
+        **trial,
+    }
 
 
 def _warm_up(counters: list[Any], nbytes: int) -> None:
@@ -256,34 +227,11 @@ def _warm_up(counters: list[Any], nbytes: int) -> None:
     time.sleep(0.2)
 
 
-@contextmanager
-def _started(processes: list[Any]) -> Iterator[None]:
-    for process in processes:
-        process.start()
-    try:
-        yield
-        for process in processes:
-            if process.exitcode:
-                raise SystemExit(f"a load process ended with {process.exitcode}")
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-
-
 def _cpu(process: psutil.Process | None) -> float:
     if process is None:
         return 0.0
     times = process.cpu_times()
     return float(times.user + times.system)
-
-
-def _wait(condition: Callable[[], bool], timeout: float = 30) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() > deadline:
-            raise SystemExit("nothing arrived within 30 s")
-        time.sleep(0.01)
 
 
 def machine_limits(seconds: float) -> dict[str, float]:
@@ -314,18 +262,18 @@ def machine_limits(seconds: float) -> dict[str, float]:
                 total += sock.recv_into(buffer)
                 counter.value = total
 
-        with _started([fork.Process(target=drink, daemon=True), fork.Process(target=pour, daemon=True)]):
-            _wait(lambda: counter.value > 0)
+        with started([fork.Process(target=drink, daemon=True), fork.Process(target=pour, daemon=True)]):
+            wait(lambda: counter.value > 0)
             before = counter.value
             time.sleep(seconds)
             limits["tcp_stream_gbs"] = (counter.value - before) / seconds / 1e9
     return limits
 
 
-def relay_rate(size: int, seconds: float) -> float:
+def relay_rate(size: int, seconds: float, *, splice: bool = False) -> float:
     """GB/s of the raw relay with messages of this size."""
     ports = _free_port(), _free_port()
-    with _started([fork.Process(target=raw_relay, args=ports, daemon=True)]):
+    with started([fork.Process(target=raw_relay, args=(*ports, splice), daemon=True)]):
         # It accepts the producer first.
         counter = fork.Value("Q", 0, lock=False)
         urls = [f"tcp://127.0.0.1:{port}" for port in ports]
@@ -333,12 +281,12 @@ def relay_rate(size: int, seconds: float) -> float:
             fork.Process(target=produce, args=(urls[0], size, None, 0), daemon=True),
             fork.Process(target=consume, args=(urls[1], size, None, counter), daemon=True),
         ]
-        with _started(loads):
-            _wait(lambda: counter.value > size)
+        with started(loads):
+            wait(lambda: counter.value > size)
             time.sleep(0.4)
             before = counter.value
             time.sleep(seconds)
-            return (counter.value - before) / seconds / 1e9
+            return float(counter.value - before) / seconds / 1e9
 
 
 def measure(options: argparse.Namespace, size: int, shape: tuple[int, int], tls: Any) -> dict[str, Any]:
@@ -348,16 +296,21 @@ def measure(options: argparse.Namespace, size: int, shape: tuple[int, int], tls:
         commands["peer"] = options.peer
     rates: dict[str, list[float]] = {name: [] for name in commands}
     costs: dict[str, list[float]] = {name: [] for name in commands}
+    loads: list[float] = []
     for _ in range(options.rounds):
         for name, command in commands.items():
             with running(command, tls) as (inp, out, process):
-                rate, cost = throughput((inp, out), process, size, shape, options.seconds, tls)
+                rate, cost, load = throughput((inp, out), process, size, shape, options.seconds, tls)
             rates[name].append(rate)
             costs[name].append(cost)
+            if name == "ours":
+                loads.append(load)
     row: dict[str, Any] = {"size": size, "producers": shape[0], "consumers": shape[1], "tls": tls is not None}
     row["ours_gbs"] = statistics.median(rates["ours"])
     row["ours_messages_s"] = row["ours_gbs"] * 1e9 / size
     row["cpu_s_per_gb"] = statistics.median(costs["ours"])
+    row["load_cpu_s_per_gb"] = statistics.median(loads)
+    row["cores_busy"] = row["ours_gbs"] * (row["cpu_s_per_gb"] + row["load_cpu_s_per_gb"])
     row["peer_gbs"] = statistics.median(rates["peer"]) if "peer" in rates else None
     row["peer_cpu_s_per_gb"] = statistics.median(costs["peer"]) if "peer" in rates else None
     row["ratio"] = row["ours_gbs"] / row["peer_gbs"] if row["peer_gbs"] else None
@@ -368,7 +321,9 @@ def measure(options: argparse.Namespace, size: int, shape: tuple[int, int], tls:
         row["idle_cpu"] = idle((inp, out), process, options.seconds, tls)
     quantiles = statistics.quantiles(times, n=100) if len(times) > 1 else [float("nan")] * 99
     row["p50_ms"], row["p99_ms"] = quantiles[49], quantiles[98]
-    row["raw_relay_gbs"] = relay_rate(size, options.seconds) if shape == (1, 1) and not tls else None
+    alone = shape == (1, 1) and not tls
+    row["raw_relay_gbs"] = relay_rate(size, options.seconds) if alone else None
+    row["splice_relay_gbs"] = relay_rate(size, options.seconds, splice=True) if alone else None
     return row
 
 
@@ -399,8 +354,9 @@ def print_row(row: dict[str, Any]) -> None:
     print(
         f"{size_name(row['size']):>6} {row['producers']}x{row['consumers']}{' tls' if row['tls'] else '    '} "
         f"{number('ours_gbs', '6.2f')} GB/s {number('ours_messages_s', '9,.0f')}/s  peer {number('peer_gbs', '5.2f')}  "
-        f"ratio {number('ratio', '5.2f')}  relay {number('raw_relay_gbs', '5.2f')}  "
-        f"cpu {number('cpu_s_per_gb', '5.2f')} s/GB (peer {number('peer_cpu_s_per_gb', '.2f')})  "
+        f"ratio {number('ratio', '5.2f')}  relay {number('raw_relay_gbs', '5.2f')} (splice "
+        f"{number('splice_relay_gbs', '.2f')})  cpu {number('cpu_s_per_gb', '5.2f')} s/GB (peer "
+        f"{number('peer_cpu_s_per_gb', '.2f')}, load {number('load_cpu_s_per_gb', '.2f')})  "
         f"p50 {number('p50_ms', '7.2f')} p99 {number('p99_ms', '7.2f')} ms  idle {number('idle_cpu', '.2f')} %",
         flush=True,
     )
@@ -415,6 +371,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="length of one measurement [3]")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each buffer [3]")
     parser.add_argument("--tls", action="store_true", help="also measure ours with TLS on both sides")
+    parser.add_argument(
+        "--sustained", type=float, metavar="S", help="instead: the highest rate without a lost or late message for S s"
+    )
+    parser.add_argument("--late", type=float, default=1.0, metavar="S", help="a message is late after that [1]")
     parser.add_argument("--quick", action="store_true", help="1x1, three sizes, short: under 50 s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the same for programs")
     options = parser.parse_args()
@@ -440,10 +400,15 @@ def main() -> None:
         if options.tls:
             modes.append(certificates(Path(stack.enter_context(tempfile.TemporaryDirectory()))))
         for tls in modes:
-            for shape in shapes:
+            for shape in shapes if options.sustained is None else []:
                 for size in map(size_of, options.sizes.split(",")):
                     rows.append(measure(options, size, shape, tls))
                     print_row(rows[-1])
+    for size in map(size_of, options.sizes.split(",")) if options.sustained is not None else []:
+        rows.append(highest_clean_rate(options, size))
+        print(
+            {key: round(value, 3) if isinstance(value, float) else value for key, value in rows[-1].items()}, flush=True
+        )
     if options.json:
         options.json.write_text(json.dumps({"machine": machine, "peer": options.peer, "rows": rows}, indent=1) + "\n")
 

@@ -132,14 +132,9 @@ class Inlet:
         ends, self._ends = self._ends, array("Q")
         rest = end - stop
         if stop >= len(view) // 2:
-            block, fresh = self._chunk, self._memory.chunk()
-            fresh.view[:rest] = view[stop:end]
-            self._chunk = fresh
-            try:
-                self._memory.adopt(block, self._alive)
-            except BaseException:
-                block.drop()
-                raise
+            block = self._chunk
+            self._chunk = self._memory.exchange(block, self._alive)
+            self._chunk.view[:rest] = view[stop:end]
         else:
             # A quiet producer's few bytes must not hold a whole chunk.
             block = self._memory.copy(view[:stop], self._alive)

@@ -25,6 +25,8 @@ BATCH_OVERHEAD = 512
 #: Largest read of small messages at once, in bytes.
 CHUNK = 512 * 1024
 _HUGE = 2 * 1024 * 1024
+#: Producers that wait go on when this part of the capacity is free: 1/16.
+_LET_IN = 16
 #: A wait for memory looks at least this often whether it should be given up, in seconds.
 _LOOK_S = 0.25
 
@@ -37,8 +39,8 @@ class Memory(Protocol):
     def chunk(self) -> Block:
         """A block of the size one read takes, not counted in the capacity."""
 
-    def adopt(self, block: Block, alive: Callable[[], bool]) -> None:
-        """Count a chunk's bytes from now on: it holds messages. Waits for room."""
+    def exchange(self, block: Block, alive: Callable[[], bool]) -> Block:
+        """Another chunk for one that holds messages and counts in the capacity from now on. Waits for room."""
 
     def slab(self, size: int, alive: Callable[[], bool]) -> Block:
         """A block of at least `size` bytes. Waits for room."""
@@ -119,7 +121,7 @@ class Pool:
         self._receiving = 0
         self._kept: dict[int, list[_Slab]] = {}
         self._kept_bytes = 0
-        self._line: deque[object] = deque()
+        self._line: deque[_Ticket] = deque()
         self._growing = 0
         self._beyond: Block | None = None
 
@@ -144,16 +146,19 @@ class Pool:
             slab = self._take_kept(self.chunk_size)
         return Block(self, slab or _Slab.fresh(self.chunk_size), 0)
 
-    def adopt(self, block: Block, alive: Callable[[], bool]) -> None:
+    def exchange(self, block: Block, alive: Callable[[], bool]) -> Block:
         """See :class:`Memory`.
 
         Raises:
-            InterruptedWaitError: `alive` said no.
+            InterruptedWaitError: `alive` said no; nothing has changed.
         """
         with self._changed:
             self._reserve(self.chunk_size, alive)
-            self._evict()
             block.charged = self.chunk_size
+            # Before room is made: in a full buffer the one slab that is kept would be unmapped, and mapped again.
+            slab = self._take_kept(self.chunk_size)
+            self._evict()
+        return Block(self, slab or _Slab.fresh(self.chunk_size), 0)
 
     def copy(self, data: memoryview, alive: Callable[[], bool]) -> Block:
         """See :class:`Memory`.
@@ -229,7 +234,7 @@ class Pool:
                 self._kept_bytes += slab.size
             elif isinstance(slab, _Slab):
                 slab.unmap()
-            if self._line or self._growing:
+            if self._growing or (self._line and not self._short_of(self._line[0].size)):
                 self._changed.notify_all()
 
     def wake(self) -> None:
@@ -246,10 +251,10 @@ class Pool:
         """Wait for room and take it; the caller holds the lock."""
         if self._line or self._growing or self._used + size > self.capacity:
             # First come, first served: otherwise small messages would keep a large one out for ever.
-            ticket = object()
+            ticket = _Ticket(size)
             self._line.append(ticket)
             try:
-                while self._line[0] is not ticket or self._growing or self._used + size > self.capacity:
+                while self._line[0] is not ticket or self._growing or self._short_of(size):
                     if not alive():
                         raise InterruptedWaitError("stopped while waiting for room in the buffer")
                     self._changed.wait(_LOOK_S)
@@ -257,6 +262,15 @@ class Pool:
                 self._line.remove(ticket)
                 self._changed.notify_all()
         self._used += size
+
+    def _short_of(self, size: int) -> bool:
+        """Whether somebody who waits for `size` bytes must go on waiting.
+
+        A full buffer would let a producer in for one read at each message that leaves: two threads that wake each other
+        for every message. Who had to wait is let in when a part of the memory is free, if consumers can make it so.
+        """
+        wanted = max(size, self.capacity // _LET_IN) if self._used > self._receiving else size
+        return self._used + wanted > self.capacity
 
     def _take_kept(self, size: int) -> _Slab | None:
         kept = self._kept.get(size)
@@ -278,6 +292,15 @@ class Pool:
             self._receiving -= block.charged
             if self._beyond is block:
                 self._beyond = None
+
+
+class _Ticket:
+    """A place in the line of those who wait for memory, and how much they wait for."""
+
+    __slots__ = ("size",)
+
+    def __init__(self, size: int) -> None:
+        self.size = size
 
 
 class _Slab:

@@ -112,7 +112,7 @@ class Outlet:
     def _send_batch(self, batch: Batch) -> None:
         before = self._written
         if batch.format.name == self._format.name:
-            ends = array("Q", [end - batch.begin for end in batch.ends])
+            ends = array("Q", [end - batch.begin for end in batch.ends]) if batch.begin else batch.ends
             self._write([batch.block.view[batch.begin : batch.stop]])
         else:
             ends = self._send_translated(batch)

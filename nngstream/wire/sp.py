@@ -11,7 +11,7 @@ import struct
 from array import array
 
 from nngstream.errors import WireError
-from nngstream.wire import Scan, Span
+from nngstream.wire import MANY_FRAMES, Scan, Span, equal_frames
 
 PUSH = 0x50
 PULL = 0x51
@@ -63,7 +63,7 @@ class SpFormat:
         prefix, header, first, count = self._prefix, self.header_size, position, len(ends)
         length_at = _LENGTH.unpack_from
         append = ends.append
-        need = header
+        need, before, alike = header, 0, 0
         while end - position >= header:
             if prefix and buffer[position] != 1:
                 raise WireError(f"ipc message of unknown type {buffer[position]:#04x}")
@@ -71,6 +71,13 @@ class SpFormat:
             if size > end - position:
                 need = size
                 break
+            alike = alike + 1 if size == before else 0
+            if alike > 3 and end - position >= MANY_FRAMES * size:
+                same = equal_frames(buffer, position, end, header, size)
+                ends.extend(range(position + size, position + same * size + 1, size))
+                position += same * size
+                continue
+            before = size
             position += size
             append(position)
         return Scan(position, need, position - first - header * (len(ends) - count))

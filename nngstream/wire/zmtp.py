@@ -12,7 +12,7 @@ from array import array
 from typing import NamedTuple
 
 from nngstream.errors import WireError
-from nngstream.wire import Scan, Span
+from nngstream.wire import MANY_FRAMES, Scan, Span, equal_frames
 
 FIRST_BYTE = 0xFF
 GREETING_SIZE = 64
@@ -140,7 +140,7 @@ class ZmtpScanner:
 
     def scan(self, buffer: memoryview, position: int, end: int, ends: array[int]) -> Scan:
         """See :class:`~nngstream.wire.Scanner`."""
-        payload, partial = 0, self._partial
+        payload, partial, before, alike = 0, self._partial, 0, 0
         while True:
             available = end - position
             if available < 2:
@@ -170,6 +170,14 @@ class ZmtpScanner:
                 self._partial = partial
                 body = bytes(buffer[position + need - length : position + need])
                 return Scan(position, 2, payload, body, need)
+            alike = alike + 1 if need == before else 0
+            if alike > 3 and available >= MANY_FRAMES * need and not flags & MORE and not partial:
+                count = equal_frames(buffer, position, end, need - length, need)
+                ends.extend(range(position + need, position + count * need + 1, need))
+                position += count * need
+                payload += count * length
+                continue
+            before = need
             position += need
             partial += length
             if not flags & MORE:

@@ -101,6 +101,54 @@ def test_a_full_pool_swaps_one_slab_for_another_of_its_size_without_new_memory()
     assert {id(second.slab), id(third.slab)} == memory
 
 
+def test_a_full_pool_exchanges_chunks_without_new_memory(wait_until):
+    pool = Pool(MB)
+    full = [pool.chunk()]
+    for _ in range(MB // pool.chunk_size):
+        full.append(pool.exchange(full[-1], always))
+    memory = {id(each.slab) for each in full}
+    got = []
+    thread = threading.Thread(target=lambda: got.append(pool.exchange(full[-1], always)))
+    thread.start()
+    wait_until(lambda: pool.waiting == 1)
+    full[0].drop()
+    thread.join(5)
+    assert id(got[0].slab) in memory
+    assert pool.used == MB
+
+
+def test_who_had_to_wait_is_let_in_when_a_part_is_free_and_not_for_each_message(wait_until):
+    pool = Pool(8 * MB)
+    small = [pool.slab(MB // 8, always) for _ in range(64)]
+    for each in small:
+        pool.received(each)
+    got = []
+    thread = threading.Thread(target=lambda: got.append(pool.slab(MB // 8, always)))
+    thread.start()
+    wait_until(lambda: pool.waiting == 1)
+    for each in small[:3]:
+        each.drop()
+    thread.join(0.4)  # longer than the wait looks by itself
+    assert not got
+    small[3].drop()
+    thread.join(5)
+    assert len(got) == 1
+
+
+def test_what_only_producers_hold_is_not_waited_for(wait_until):
+    pool = Pool(8 * MB)
+    receiving, queued = pool.slab(7 * MB, always), pool.slab(MB, always)
+    pool.received(queued)
+    got = []
+    thread = threading.Thread(target=lambda: got.append(pool.slab(MB // 8, always)))
+    thread.start()
+    wait_until(lambda: pool.waiting == 1)
+    queued.drop()
+    thread.join(5)
+    assert len(got) == 1, "the large message may take a minute to arrive: nobody else waits for it"
+    receiving.drop()
+
+
 def test_a_block_is_given_back_by_its_last_user():
     pool = Pool(MB)
     block = pool.copy(memoryview(b"12345"), always)

@@ -6,7 +6,7 @@ import struct
 from array import array
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nngstream.errors import WireError
@@ -64,6 +64,28 @@ def test_messages_are_found_wherever_the_stream_is_cut(wire, messages, cuts):
     found, payload, _ = scan_all(wire.scanner(), wire, encode(wire, messages), cuts)
     assert found == (messages if wire.multipart else [[b"".join(message)] for message in messages])
     assert payload == sum(len(part) for message in messages for part in message)
+
+
+@pytest.mark.parametrize("wire", FORMATS, ids=lambda wire: wire.name)
+@settings(deadline=None)
+@given(
+    runs=st.lists(st.tuples(st.integers(1, 300), st.sampled_from([0, 1, 2, 255, 256])), max_size=4),
+    cuts=st.lists(st.integers(0, 40000), max_size=3),
+)
+def test_long_runs_of_messages_of_one_size_are_found_to_their_last(wire, runs, cuts):
+    messages = [[bytes([number % 251]) * size] for number, (count, size) in enumerate(runs) for _ in range(count)]
+    found, payload, _ = scan_all(wire.scanner(), wire, encode(wire, messages), cuts)
+    assert found == messages
+    assert payload == sum(count * size for count, size in runs)
+
+
+def test_a_wrong_frame_in_a_run_of_equal_ones_is_not_passed_over():
+    run = zmtp.ZMTP.header(300, False) + bytes(300)
+    for wrong in (b"\x08", b"\x10"):
+        with pytest.raises(WireError, match="unknown flags"):
+            scan_all(zmtp.ZMTP.scanner(), zmtp.ZMTP, 50 * run + wrong + run[1:] + 50 * run, [])
+    messages, _, commands = scan_all(zmtp.ZMTP.scanner(), zmtp.ZMTP, 50 * run + zmtp.ping(1) + 50 * run, [])
+    assert (len(messages), len(commands)) == (100, 1)
 
 
 @given(
