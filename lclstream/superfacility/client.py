@@ -252,13 +252,16 @@ class SuperfacilityClient:
         Raises:
             ServiceError: `status` 404: neither knows it (yet, or any more).
         """
+        # With a user the published client asks by itself. Without one it gathers questions in a task of its own, and
+        # after a failed one waits for the answer for ever.
+        user = await self.user()
         async with self._call():
             compute = await self._machine(machine)
             for command in ("squeue", "sacct"):
-                for one in await compute.jobs(jobids=[number], command=command):
+                for one in await compute.jobs(jobids=[number], user=user, command=command):
                     job = _job(one)
                     # The queue shows ended jobs for a while, without their exit code.
-                    if command == "sacct" or not job.is_final:
+                    if job.id == number and (command == "sacct" or not job.is_final):
                         return job
         words = f"job {number}: neither the queue nor accounting of {machine} knows it"
         raise ServiceError(f"{self.url}: {words}", status=404, detail=words)

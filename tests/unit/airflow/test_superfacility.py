@@ -351,6 +351,22 @@ def test_a_job_nobody_knows_is_not_found(nersc: Any) -> None:
     assert unknown.value.status == 404
 
 
+def test_a_client_can_be_used_on_after_a_failed_question(nersc: Any, task: dict[str, Any]) -> None:
+    number = operator(nersc, "true").execute(task)["job_id"]
+
+    async def work(client: SuperfacilityClient) -> Any:
+        await client.job("perlmutter", number)
+        nersc.say("unavailable")
+        with pytest.raises(ServiceError) as failed:
+            await client.job("perlmutter", number)
+        nersc.say("active")
+        return failed.value.status, await client.job("perlmutter", number)
+
+    status, job = ask(work)
+    assert status == 503
+    assert (job.id, job.state) == (number, "COMPLETED")
+
+
 def test_a_job_that_accounting_does_not_know_yet_is_waited_for(nersc: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     trigger = SuperfacilityJobTrigger(
         conn_id="superfacility_default", remote_id="123456", deadline=time.time() + 60, machine="perlmutter",
