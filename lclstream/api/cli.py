@@ -49,7 +49,7 @@ def serve_api(
     # Imported here, so that `lclstream --help` does not wait for the server's libraries.
     from sqlalchemy.exc import ArgumentError, OperationalError
 
-    from lclstream.api.config import ConfigError, load_config
+    from lclstream.api.config import load_config
     from lclstream.api.launch import engine_certificates, issuer_of_status_readers
     from lclstream.api.service import create_app
     from lclstream.api.store import Store
@@ -79,7 +79,7 @@ def serve_api(
         if settings.ports.scheme == "tls+tcp":
             engine_certificates(settings)
         store = Store(settings.database, settings.limit_s)
-    except (ConfigError, CredentialsError, ArgumentError, ModuleNotFoundError, ValueError) as error:
+    except (CredentialsError, ArgumentError, ModuleNotFoundError, ValueError) as error:
         print(f"lclstream api: {error}", file=sys.stderr)
         raise typer.Exit(2) from error
     except (OperationalError, OSError) as error:

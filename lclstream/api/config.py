@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import string
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from lclstream import config_file
 from lclstream.api.states import LIVING, TIME_LIMITS_S, State
+from lclstream.config_file import FilePath
 from lclstream.security.limits import Limits
 from lclstream.security.rate import Rate
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Minutes = Annotated[int, Field(gt=0)]
 PortNumber = Annotated[int, Field(ge=1, le=65535)]
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names file, key, value and what would be valid."""
 
 
 class _Section(BaseModel):
@@ -129,10 +126,10 @@ class BufferConfig(JobConfig):
     grace_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0
     drain_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0
     sentinel: Annotated[int, Field(ge=0)] = 0
-    credentials: Path | None = None
-    issuer: Path | None = None
+    credentials: FilePath | None = None
+    issuer: FilePath | None = None
     max_per_transfer: Annotated[int, Field(ge=1)] = 4
-    spill: Path | None = None
+    spill: FilePath | None = None
     script: Annotated[
         str,
         _template(
@@ -171,8 +168,8 @@ class EngineConfig(JobConfig):
     patience_s: Seconds = 3600.0
     nodes: Annotated[int, Field(ge=1)] = 1
     cpu_cores_per_rank: Annotated[int, Field(ge=1)] = 1
-    credentials: Path | None = None
-    issuer: Path | None = None
+    credentials: FilePath | None = None
+    issuer: FilePath | None = None
     script: Annotated[str, _template("ranks", "config")] = ENGINE_SCRIPT
 
     @model_validator(mode="after")
@@ -239,7 +236,7 @@ class ApiConfig(_Section):
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8446
-    credentials: Path
+    credentials: FilePath
     public_url: Annotated[str, Field(pattern="^https://")] | None = None
     database: str = "sqlite:///lclstream-transfers.sqlite"
     job_service: JobServiceConfig
@@ -247,7 +244,7 @@ class ApiConfig(_Section):
     buffer: BufferConfig = BufferConfig()
     engine: EngineConfig = EngineConfig()
     quota: QuotaConfig = QuotaConfig()
-    roles: Path | None = None
+    roles: FilePath | None = None
     keep_days: Annotated[float, Field(gt=0)] = 90.0
     limits_s: dict[State, Seconds] = {}
     settle_s: Seconds = 10.0
@@ -296,48 +293,4 @@ def load_config(path: Path | None, **overrides: object) -> ApiConfig:
     Raises:
         ConfigError: the file cannot be read, or a key is missing, unknown or wrong.
     """
-    document: Any = {}
-    if path is not None:
-        try:
-            document = yaml.safe_load(path.read_text())
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: cannot be read: {error}") from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path}: not YAML: {error}") from error
-        if not isinstance(document, dict):
-            raise ConfigError(f"{path}: must hold keys and values, such as `credentials: PATH`")
-        _anchor(document, path.parent)
-    for key, value in overrides.items():
-        if value is not None:
-            section, _, name = key.rpartition(".")
-            target = document.setdefault(section, {}) if section else document
-            target[name] = value
-    try:
-        return ApiConfig.model_validate(document)
-    except ValidationError as error:
-        where = "the options" if path is None else str(path)
-        problems = "\n".join(
-            f"  {'.'.join(map(str, problem['loc']))}: {problem['msg']} (given: {_shown(problem)})"
-            for problem in error.errors(include_url=False)
-        )
-        raise ConfigError(f"{where}: wrong configuration:\n{problems}") from error
-
-
-def _shown(problem: Any) -> str:
-    return "nothing" if problem["type"] == "missing" else repr(problem.get("input"))[:200]
-
-
-def _anchor(document: dict[str, Any], folder: Path) -> None:
-    """Make the paths in a file relative to the file, not to where the service happens to be started."""
-    buffer, engine = document.get("buffer"), document.get("engine")
-    for section, key in (
-        (document, "credentials"),
-        (document, "roles"),
-        (buffer, "credentials"),
-        (buffer, "issuer"),
-        (buffer, "spill"),
-        (engine, "credentials"),
-        (engine, "issuer"),
-    ):
-        if isinstance(section, dict) and isinstance(section.get(key), str):
-            section[key] = str(folder / Path(section[key]).expanduser())
+    return config_file.load(ApiConfig, path, overrides)

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lclstream.api.callbacks import new_secret
-from lclstream.api.config import ApiConfig, BufferConfig, ConfigError
+from lclstream.api.config import ApiConfig, BufferConfig
 from lclstream.api.store import Role
 from lclstream.api.tables import TransferRow
+from lclstream.config_file import ConfigError
 from lclstream.jobs.models import JobSpec, ResourceSpec
 from lclstreamer.config import ConfigurationError, OlderSpellingWarning, Parameters, from_mapping
 
