@@ -290,12 +290,8 @@ GROUPS: list[list[Ending]] = [
     [Ending("triggerer killed for good", "waits", _kill_triggerer)],
     [Ending("Airflow killed for good", "waits", _kill_airflow)],
 ]  # fmt: skip
-#: Cases of the short form: a mark, a clearing, and the moment in which Airflow tells nobody.
-QUICK = (
-    "task marked failed",
-    "task cleared, then its DAG run marked failed",
-    "marked failed before its trigger began",
-)
+#: Cases of the short form.
+QUICK = ("task marked failed", "task cleared, then its DAG run marked failed")
 
 
 def _work_of(site: AirflowSite, row: Row) -> str:
@@ -396,7 +392,8 @@ def run(
         _await_gone(watch.rows, lease_s + GRACE_S)
         running = site.processes()
         left = {id(row): watch.left(row, running) for row in watch.rows}
-        rows = list(watch.rows)
+        cases_in_order = [ending.case for group in GROUPS for ending in group]
+        rows = sorted(watch.rows, key=lambda row: (cases_in_order.index(row.case), KINDS.index(row.kind)))
     figures = [_figures(row, left[id(row)]) for row in rows]
     return {"lease_s": lease_s, "left_running": sum(row["left_running"] for row in figures), "rows": figures}
 
@@ -417,7 +414,7 @@ def _figures(row: Row, left: list[str]) -> dict[str, Any]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument("--lease", type=float, default=30.0, help="lease of transfers and jobs in s (default 30)")
-    parser.add_argument("--quick", action="store_true", help="only three of the ways a task can end")
+    parser.add_argument("--quick", action="store_true", help="only two of the ways a task can end")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="work there and leave the logs")
 
 

@@ -1,6 +1,6 @@
 """Cancel means cancel: a real scheduler, triggerer and workers, real remote work, and every way a task can end.
 
-Without ``LCLSTREAM_SOAK`` three of the ways; with it all of them, which takes minutes.
+Without ``LCLSTREAM_SOAK`` two of the ways; with it all of them, which takes minutes.
 """
 
 from __future__ import annotations
