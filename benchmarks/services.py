@@ -110,7 +110,8 @@ def _left(site: Site, descriptors: tuple[int, int]) -> int:
         ports = site.database.leased_ports() + site.listening_ports()
         return ports + site.living_jobs() + len(site.job_processes()) + len(site.left_files()) + open_more()
 
-    deadline = time.monotonic() + 15
+    # A connection between the services is closed half a minute after its last request.
+    deadline = time.monotonic() + 45
     while (left := count()) and time.monotonic() < deadline:
         time.sleep(0.5)
     if left:

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,13 +21,72 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
+from sqlalchemy.exc import OperationalError
 
 #: Database connections kept open; as many again may be opened for a moment. Request handlers run in 40 threads.
 _CONNECTIONS = 25
 
 
+#: Seconds a write may wait for the others before it.
+_TURN_S = 30.0
+
+
 class LayoutError(ValueError):
     """The database was made by a newer version."""
+
+
+class Turns:
+    """Lets the threads of a service write to SQLite one after the other, in the order in which they came.
+
+    SQLite lets one write at a time, and has the others sleep and try again: under load a request would wait for tens
+    of seconds while whoever tries at the right moment goes first. PostgreSQL needs none of this.
+
+    Args:
+        engine: the database.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._needed = engine.dialect.name == "sqlite"
+        self._guard = threading.Lock()
+        self._busy = False
+        self._waiting: deque[threading.Event] = deque()
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Wait for the turn, and hold it within the block.
+
+        Raises:
+            OperationalError: it did not come within half a minute.
+        """
+        if not self._needed:
+            yield
+            return
+        self._take()
+        try:
+            yield
+        finally:
+            self._give()
+
+    def _take(self) -> None:
+        with self._guard:
+            if not self._busy:
+                self._busy = True
+                return
+            mine = threading.Event()
+            self._waiting.append(mine)
+        if mine.wait(_TURN_S):
+            return
+        with self._guard:
+            if not mine.is_set():
+                self._waiting.remove(mine)
+                raise OperationalError("BEGIN", None, TimeoutError(f"no turn to write within {_TURN_S:g} s"))
+
+    def _give(self) -> None:
+        with self._guard:
+            if self._waiting:
+                self._waiting.popleft().set()
+            else:
+                self._busy = False
 
 
 def open_database(url: str) -> Engine:

@@ -20,7 +20,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from lclstream.api.config import PortsConfig, QuotaConfig
-from lclstream.api.database import open_database, upgrade
+from lclstream.api.database import Turns, open_database, upgrade
 from lclstream.api.models import ClientName, JobState
 from lclstream.api.ports import candidates, is_free
 from lclstream.api.states import INITIAL, LIVING, Effect, Event, State, step
@@ -131,6 +131,7 @@ class Store:
         self._limit_s = limit_s
         self.clock = clock
         self._engine = open_database(url)
+        self._turns = Turns(self._engine)
         try:
             upgrade(self._engine)
         except BaseException:
@@ -527,7 +528,7 @@ class Store:
 
     @contextmanager
     def _writing(self) -> Iterator[Session]:
-        with Session(self._engine, expire_on_commit=False) as session, session.begin():
+        with self._turns.taken(), Session(self._engine, expire_on_commit=False) as session, session.begin():
             yield session
 
 

@@ -248,3 +248,64 @@ def test_concurrent_events_are_applied_one_after_another(store: Store) -> None:
         answers = list(threads.map(lambda _: store.happen(row.id, Event.cancel, "now"), range(8)))
     assert answers.count(State.canceled) == 1
     assert len(store.effects(row.id)) == 4
+
+
+def test_writers_to_sqlite_come_in_the_order_in_which_they_asked(
+    tmp_path: Path, wait_until: Callable[..., None]
+) -> None:
+    turns = database.Turns(database.open_database(f"sqlite:///{tmp_path}/turns.sqlite"))
+    order: list[int] = []
+
+    def write(number: int) -> None:
+        with turns.taken():
+            order.append(number)
+
+    threads = []
+    with turns.taken():
+        for number in range(8):
+            threads.append(threading.Thread(target=write, args=(number,)))
+            threads[-1].start()
+            wait_until(lambda number=number: len(turns._waiting) == number + 1, 20, "writer in the queue")
+    for thread in threads:
+        thread.join(20)
+    assert order == list(range(8))
+
+
+def test_a_writer_that_waits_too_long_is_told_so_and_holds_up_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sqlalchemy.exc import OperationalError
+
+    monkeypatch.setattr(database, "_TURN_S", 0.05)
+    turns = database.Turns(database.open_database(f"sqlite:///{tmp_path}/turns.sqlite"))
+    with (
+        turns.taken(),
+        ThreadPoolExecutor(1) as thread,
+        pytest.raises(OperationalError, match=r"no turn to write within 0\.05 s"),
+    ):
+        thread.submit(turns.taken().__enter__).result(20)
+    with turns.taken():
+        assert turns._busy
+    assert not turns._busy
+
+
+def test_whoever_asks_is_not_kept_waiting_by_a_crowd_that_writes(tmp_path: Path) -> None:
+    """Left to themselves, threads that write to SQLite starve each other for seconds."""
+    store = Store(f"sqlite:///{tmp_path}/crowd.sqlite", lambda state: 100.0)
+    row, _ = store.create(order(), PORTS)
+    written: dict[int, int] = dict.fromkeys(range(16), 0)
+    over, gate = threading.Event(), threading.Barrier(len(written))
+
+    def write(number: int) -> None:
+        gate.wait(20)
+        while not over.is_set():
+            store.renew(row.id, 60)
+            written[number] += 1
+
+    with ThreadPoolExecutor(16) as threads:
+        running = [threads.submit(write, number) for number in written]
+        while max(written.values()) < 30 and all(not one.done() for one in running):
+            over.wait(0.01)
+        over.set()
+    store.close()
+    assert 2 * min(written.values()) >= max(written.values()), written
