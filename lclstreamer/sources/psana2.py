@@ -12,6 +12,7 @@ import io
 import os
 import pickle
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -249,8 +250,10 @@ class Psana2EventSource(EventSource):
         if total is not None:
             stamps = stamps[: max(0, total - start)]
         self._next_index = start + len(stamps)
+        environment = _Environment(self.run)
         for number, stamp in enumerate(stamps):
             if self.mine(start + number):
+                environment.go_to(stamp)
                 yield start + number, self.run.event(stamp)
 
 
@@ -261,6 +264,27 @@ def _whole(identifier: identifiers.Psana2Identifier) -> identifiers.Psana2Identi
         return identifier.whole_run()
     except (FileNotFoundError, ValueError) as error:
         raise SourceError(f"source_identifier: {error}") from None
+
+
+class _Environment:
+    """What a run knows of EPICS variables and scan steps, as far as it had come at a time.
+
+    Where psana knows all of them beforehand, as after making its table of events, it gives an event the value that came
+    *after* it.
+    """
+
+    def __init__(self, run: Any) -> None:
+        self._coming: list[tuple[Any, deque[Any]]] = []
+        for store in run.esm.stores.values():
+            for manager in store.env_managers:
+                self._coming.append((manager, deque(manager.dgrams)))
+                manager.dgrams, manager._timestamps, manager.n_items = [], [], 0  # noqa: SLF001
+
+    def go_to(self, stamp: int) -> None:
+        """Know what had come at the time of an event; times only go forwards."""
+        for manager, coming in self._coming:
+            while coming and coming[0].timestamp() <= stamp:
+                manager.add(coming.popleft())
 
 
 class _AllBut:

@@ -46,6 +46,7 @@ class Simulation:
         streams: files the run is written to, as by so many readout nodes; the segments are dealt out to them in turn,
             and the other detectors are in the last. More than one only with :func:`write_experiment`.
         skipped: shots whose part the last stream does not have, as when a readout node loses events.
+        variable_every: shots after which the EPICS variable changes, by 0.01 each time; 0: never.
         gain_switching: pixels are in all three gain stages of a jungfrau, as bits 14 and 15 say; without it all are in
             the highest.
     """
@@ -62,6 +63,7 @@ class Simulation:
     streams: int = 1
     skipped: frozenset[int] = frozenset()
     gain_switching: bool = False
+    variable_every: int = 0
 
 
 class _Frames:
@@ -184,6 +186,7 @@ class _Writer:
         self._room = 2 * options.segments * options.rows * options.columns + (1 << 20)
         self._buffer = bytearray(self._room)
         self._nanoseconds = 0
+        self._wavelength = 1.31
         self._nodes: list[tuple[_Stream, _Stream | None]] = []
         for number, (big, small) in enumerate(files):
             segments = range(number, options.segments, len(files))
@@ -210,7 +213,11 @@ class _Writer:
         self._transition(ids.Enable)
         self._transition(ids.SlowUpdate, self._add_variables)
         step = round(1e9 / self._options.rate_hz)
+        every = self._options.variable_every
         for shot, (frame, energy) in enumerate(_Frames(self._options)):
+            if every and shot and shot % every == 0:
+                self._wavelength += 0.01
+                self._transition(ids.SlowUpdate, self._add_variables)
             self._nanoseconds += step
             nodes = self._nodes[:-1] if shot in self._options.skipped else self._nodes
             self._datagram(ids.L1Accept, partial(self._add_shot, frame=frame, energy=energy), nodes)
@@ -254,7 +261,7 @@ class _Writer:
     def _add_variables(self, stream: _Stream, datagram: Any) -> None:
         if stream.epics is None:
             return
-        setattr(stream.epics.raw, WAVELENGTH_VARIABLE, 1.31)
+        setattr(stream.epics.raw, WAVELENGTH_VARIABLE, self._wavelength)
         datagram.adddata(stream.epics.raw)
 
     def _add_shot(self, stream: _Stream, datagram: Any, frame: NDArray[np.uint16], energy: float) -> None:

@@ -66,7 +66,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     psana2_simulator.write_experiment(
         path,
         psana2_simulator.Simulation(
-            events=EVENTS, rows=24, columns=40, segments=3, streams=2, experiment=EXPERIMENT, run=RUN, skipped=SKIPPED
+            events=EVENTS,
+            rows=24,
+            columns=40,
+            segments=3,
+            streams=2,
+            experiment=EXPERIMENT,
+            run=RUN,
+            skipped=SKIPPED,
+            variable_every=3,
         ),
     )
     assert len(list(path.glob("*.xtc2"))) == 2
@@ -102,7 +110,8 @@ def test_a_run_of_several_files_is_read_completely_and_each_event_once(
     assert [event.index for event in events] == list(range(EVENTS))
     for event, (stamp, image, energy, wavelength) in zip(events, psanas_own, strict=True):
         assert event.timestamp_ns == timestamp_ns(stamp)
-        assert float(event.values["wavelength"]) == wavelength == 1.31
+        # The variable's value at the time of the event, not the next one, whatever reads ahead.
+        assert float(event.values["wavelength"]) == wavelength == pytest.approx(1.31 + 0.01 * (event.index // 3))
         if image is None:
             assert event.values["image"] is event.values["energy"] is energy is None
         else:
