@@ -32,7 +32,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
-from airflow.sdk import DAG, Param, XComArg
+from airflow.sdk import DAG, AssetAlias, Param, XComArg
 
 from lclstream_airflow.operators.elog import ElogOperator
 from lclstream_airflow.operators.engine import EngineJobOperator
@@ -116,6 +116,7 @@ with DAG(
         prefix="reduced_",
         files="{{ [ti.xcom_pull(task_ids='reduce', key='result')['file']] | tojson }}",
         location="{{ params.parameters.register_at | default('') }}",
+        outlets=[AssetAlias("lclstream_results")],
         elog_conn_id=ELOG,
     )
 

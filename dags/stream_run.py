@@ -40,7 +40,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
-from airflow.sdk import DAG, Param, XComArg
+from airflow.sdk import DAG, AssetAlias, Param, XComArg
 
 from lclstream_airflow.operators.elog import ElogOperator
 from lclstream_airflow.operators.lclstream import LCLStreamCancelOperator, LCLStreamTransferOperator
@@ -118,8 +118,10 @@ with DAG(
         on_no_consumer="{{ params.parameters.on_no_consumer | default('prefer_spill') }}",
         # A buffer is there within seconds when its node is free; on a busy one the triggerer waits.
         prompt_s=10,
+        outlets=[AssetAlias("lclstream_streams")],
         lease_s=LEASE_S,
         wait_timeout_s=1800,
+        pool="lclstream_streams",
         lclstream_conn_id=LCLSTREAM,
     )
 
@@ -132,6 +134,9 @@ with DAG(
         until="flowing",
         lease_s=LEASE_S,
         timeout=timedelta(hours=1),
+        pool="lclstream_streams",
+        # A stream that has begun keeps its slot before another one begins.
+        priority_weight=10,
         lclstream_conn_id=LCLSTREAM,
     )
 
@@ -145,6 +150,9 @@ with DAG(
             "LCLSTREAM_RUN": RUN["run"],
         },
         result_file="result.json",
+        pool="lclstream_nodes",
+        # Live runs come before archived ones.
+        priority_weight=10,
         psik_conn_id=PSIK,
         # What it missed is gone: a second job on the same stream would count half a run. A try that Airflow itself has
         # lost, as it does under load, finds its job again.
@@ -158,6 +166,8 @@ with DAG(
         lease_s=LEASE_S,
         # This sensor stands for the stream: whoever kills it wants the stream ended.
         on_kill_policy="cancel",
+        pool="lclstream_streams",
+        priority_weight=10,
         lclstream_conn_id=LCLSTREAM,
     )
 
@@ -167,6 +177,7 @@ with DAG(
         run=RUN["run"],
         run_params=XComArg(analyse, key="result"),
         only="{{ params.parameters.report | default([], true) | tojson }}",
+        outlets=[AssetAlias("lclstream_results")],
         elog_conn_id=ELOG,
     )
 

@@ -1,4 +1,4 @@
-"""Adds the page "Streams" to Airflow's navigation, and a tab with its streams and jobs to every DAG run."""
+"""Adds the page "Streams" to Airflow's navigation, a tab to every DAG run, and the pools that our DAGs need."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from airflow.plugins_manager import AirflowPlugin
+
+from lclstream_airflow import pools
 
 PREFIX = "/lclstream"
 
@@ -28,6 +30,7 @@ class LCLStreamPlugin(AirflowPlugin):
     """The plugin; the entry point `airflow.plugins` leads here."""
 
     name = "lclstream"
+    listeners = [pools]  # noqa: RUF012
     fastapi_apps = [{"app": _Page(), "url_prefix": PREFIX, "name": "LCLStream"}]  # noqa: RUF012
     external_views = [  # noqa: RUF012
         {

@@ -97,7 +97,8 @@ def get_provider_info() -> dict[str, Any]:
             {
                 "integration-name": "LCLStream",
                 "python-modules": [
-                    f"{parts}.triggers.{name}" for name in ("lclstream", "psik", "elog", "superfacility", "jid")
+                    f"{parts}.triggers.{name}"
+                    for name in ("lclstream", "psik", "session", "elog", "superfacility", "jid")
                 ],
             }
         ],
@@ -106,14 +107,17 @@ def get_provider_info() -> dict[str, Any]:
                 "integration-name": "LCLStream",
                 "python-modules": [
                     f"{parts}.operators.{name}"
-                    for name in ("lclstream", "psik", "slurm", "superfacility", "jid", "elog")
+                    for name in (
+                        *("lclstream", "psik", "engine", "session", "reconcile"),
+                        *("slurm", "superfacility", "jid", "elog"),
+                    )
                 ],
             }
         ],
         "sensors": [
             {
                 "integration-name": "LCLStream",
-                "python-modules": [f"{parts}.sensors.{name}" for name in ("buffer", "elog")],
+                "python-modules": [f"{parts}.sensors.{name}" for name in ("buffer", "session", "elog")],
             }
         ],
         "connection-types": [

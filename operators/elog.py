@@ -12,9 +12,11 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException
 from lclstream_airflow.hooks.elog import ElogError, ElogHook, run_number
 from lclstream_airflow.hooks.patience import PeerError, ServiceError, insist
 from lclstream_airflow.links import RunLink
+from lclstream_airflow.operators.lineage import announce, lineage
 from lclstream_airflow.operators.remote import START_PATIENCE_S
 
 if TYPE_CHECKING:
+    from airflow.providers.openlineage.extractors import OperatorLineage
     from airflow.sdk import Context
 
 _RUN_LINK = RunLink()
@@ -128,7 +130,17 @@ class ElogOperator(BaseOperator):
             if isinstance(error, ServiceError) and not error.retry:
                 raise AirflowFailException(str(error)) from error
             raise AirflowException(str(error)) from error
+        if not self._is_without_run():
+            files = _list_of_texts("files", self.files)
+            announce(self, context, self.experiment, {"run": self.run, "parameters": parameters, "files": files})
         return parameters
+
+    def get_openlineage_facets_on_complete(self, task_instance: Any) -> OperatorLineage:
+        """The run in the logbook, for OpenLineage."""
+        del task_instance
+        if self.run in _EMPTY:
+            return lineage([], [])
+        return lineage([], [(ElogHook(self.elog_conn_id).endpoint().base_url, f"{self.experiment}/run/{self.run}")])
 
     def _has_nothing_to_say(self) -> bool:
         return not (self._about_the_run() or (self.comment or "").strip())

@@ -7,11 +7,14 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, ClassVar
+from urllib.parse import urlsplit
 
 from lclstream_airflow.operators.documents import DocumentError, load_document
+from lclstream_airflow.operators.lineage import lineage
 from lclstream_airflow.operators.psik import PsikOperator
 
 if TYPE_CHECKING:
+    from airflow.providers.openlineage.extractors import OperatorLineage
     from airflow.sdk import Context
 
 _CONFIG = "lclstreamer.json"
@@ -95,6 +98,14 @@ class EngineJobOperator(PsikOperator):
             "LCLSTREAM_PREFIX": self.prefix,
         }
         super().prepare(context)
+
+    def get_openlineage_facets_on_complete(self, task_instance: Any) -> OperatorLineage:
+        """The engine's source, and the file of the run at the computing centre, for OpenLineage."""
+        del task_instance
+        config = load_document(self.config, self.values or {}, "config")
+        where = urlsplit(self.hook.jobs_url()).hostname or ""
+        source = ("lclstream", str(config.get("source_identifier") or ""))
+        return lineage([source], [(f"file://{where}", f"{self.folder}/{self.prefix}.h5")])
 
     def _document(self) -> dict[str, Any]:
         # Its places are filled; braces in the configuration's text must stay.

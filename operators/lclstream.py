@@ -13,10 +13,12 @@ from lclstream_airflow.hooks.lclstream import LCLStreamHook, TransferInfo, Trans
 from lclstream_airflow.hooks.patience import PeerError, ServiceError, insist
 from lclstream_airflow.links import TransferLink
 from lclstream_airflow.operators.documents import load_document
+from lclstream_airflow.operators.lineage import announce, lineage
 from lclstream_airflow.operators.remote import START_PATIENCE_S, Progress, Remote, RemoteWorkOperator
 from lclstream_airflow.triggers.lclstream import LCLStreamTransferTrigger, Until
 
 if TYPE_CHECKING:
+    from airflow.providers.openlineage.extractors import OperatorLineage
     from airflow.sdk import Context
 
 _TRANSFER_LINK = TransferLink()
@@ -178,8 +180,27 @@ class LCLStreamTransferOperator(RemoteWorkOperator):
 
     def finish(self, context: Context, remote_id: str | int, facts: dict[str, Any]) -> dict[str, Any]:
         """See :meth:`RemoteWorkOperator.finish`."""
-        del context, remote_id
+        del remote_id
+        values = {name: value for name, value in (self.values or {}).items() if isinstance(value, str | int)}
+        told = {name: facts.get(name) for name in ("transfer_id", "url", "phase")}
+        announce(self, context, str(values.get("experiment") or ""), {**values, **told})
         return facts
+
+    def get_openlineage_facets_on_start(self) -> OperatorLineage:
+        """What is read, for OpenLineage: the engine's source."""
+        return lineage([self._source()], [])
+
+    def get_openlineage_facets_on_complete(self, task_instance: Any) -> OperatorLineage:
+        """The stream, named by the address it can be pulled from, and its source."""
+        url = task_instance.xcom_pull(task_ids=self.task_id, key="url") or ""
+        scheme, _, place = url.partition("://")
+        return lineage(
+            [self._source()], [(f"{scheme}://{place}", str(self.transfer_name or "stream"))] if place else []
+        )
+
+    def _source(self) -> tuple[str, str]:
+        document = self._document or load_document(self.config, self.values or {}, "config")
+        return "lclstream", str(document.get("source_identifier") or "")
 
     def _lease(self) -> float | None:
         return None if self.lease_s in (None, "", "None") else float(self.lease_s or 0)

@@ -7,17 +7,19 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lclstream_airflow.hooks.patience import ServiceError, insist
 from lclstream_airflow.hooks.psik import JobClient, JobSpec, JobState, PsikHook, has_no_lease
 from lclstream_airflow.links import JobLink
 from lclstream_airflow.operators.documents import DocumentError, load_document
+from lclstream_airflow.operators.lineage import lineage
 from lclstream_airflow.operators.remote import START_PATIENCE_S, Progress, Remote, RemoteWorkOperator
 from lclstream_airflow.triggers.polling import OnKill
 from lclstream_airflow.triggers.psik import PsikJobTrigger
 
 if TYPE_CHECKING:
+    from airflow.providers.openlineage.extractors import OperatorLineage
     from airflow.sdk import Context
 
 _JOB_LINK = JobLink()
@@ -48,6 +50,8 @@ class PsikOperator(RemoteWorkOperator):
     :param lease_s: the service ends the job when nobody has renewed its lease for that long, in seconds; the wait
         renews it. None, and with ``on_kill_policy="leave"``: no lease, so that only its own longest run time ends the
         job when Airflow is gone. The published psik-api knows no leases: there that holds in any case
+    :param wait_for: ``"completed"`` (default), or ``"active"``: only until the job runs. It goes on then, and a later
+        task has to keep its lease and to end it; no result is expected
     :param psik_conn_id: connection of type `psik`
 
     Further arguments: see :class:`.RemoteWorkOperator`. The job's longest run time is part of its specification
@@ -81,6 +85,7 @@ class PsikOperator(RemoteWorkOperator):
         output_folder: str | None = None,
         follow_log: bool = True,
         lease_s: float | str | None = 300.0,
+        wait_for: Literal["completed", "active"] = "completed",
         psik_conn_id: str = PsikHook.default_conn_name,
         **kwargs: Any,
     ) -> None:
@@ -94,6 +99,7 @@ class PsikOperator(RemoteWorkOperator):
         self.output_folder = output_folder
         self.follow_log = follow_log
         self.lease_s = lease_s
+        self.wait_for = wait_for
         self.psik_conn_id = psik_conn_id
         self._hook: PsikHook | None = None
         self._spec: JobSpec | None = None
@@ -162,10 +168,15 @@ class PsikOperator(RemoteWorkOperator):
             deadline=deadline,
             follow_log=self.follow_log,
             lease_s=self._lease(),
+            until="active" if self.wait_for == "active" else "ended",
             poll_interval=self.poll_interval,
             patience_s=self.patience_s,
             on_kill_policy=self.on_kill_policy,
         )
+
+    def lasts(self) -> Literal["task", "run"]:
+        """See :meth:`RemoteWorkOperator.lasts`."""
+        return "run" if self.wait_for == "active" else "task"
 
     def cancel(self, remote_id: str | int) -> None:
         """See :meth:`RemoteWorkOperator.cancel`."""
@@ -179,6 +190,8 @@ class PsikOperator(RemoteWorkOperator):
             DocumentError: the job has not written what is expected of it.
         """
         job_id = str(remote_id)
+        if self.wait_for == "active":
+            return {**facts, "result": {}, "files": []}
         with self.hook.get_conn() as client:
             if not self.follow_log:
                 self._show_tail(client, job_id)
@@ -214,6 +227,12 @@ class PsikOperator(RemoteWorkOperator):
         except ServiceError as error:
             if not has_no_lease(error):
                 raise
+
+    def get_openlineage_facets_on_complete(self, task_instance: Any) -> OperatorLineage:
+        """The stream that the job was told of in its environment, and the files kept of it, for OpenLineage."""
+        url = str((self.environment or {}).get("LCLSTREAM_URL") or "")
+        kept = task_instance.xcom_pull(task_ids=self.task_id) or {}
+        return lineage([(url, "stream")], [("file", path) for path in kept.get("files", [])])
 
     def _show_tail(self, client: JobClient, job_id: str) -> None:
         self._show(client.logs(job_id, offset=-_TAIL_BYTES))

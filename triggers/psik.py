@@ -9,7 +9,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from lclstream_airflow.hooks.patience import ServiceError
 from lclstream_airflow.hooks.psik import AsyncJobClient, JobState, PsikHook, Transition, has_no_lease, job_facts
@@ -85,6 +85,7 @@ class PsikJobTrigger(PollingTrigger):
         the published psik-api cannot give pieces of a log)
     :param lease_s: the wait moves the end of the job's lease to that many seconds from now, again and again; None: the
         job has no lease, or somebody else keeps it
+    :param until: ``"ended"``: wait for the job's end; ``"active"``: only until it runs
     """
 
     what = "job"
@@ -97,6 +98,7 @@ class PsikJobTrigger(PollingTrigger):
         deadline: float,
         follow_log: bool = True,
         lease_s: float | None = None,
+        until: Literal["ended", "active"] = "ended",
         poll_interval: float = 2.0,
         patience_s: float = PATIENCE_S,
         on_kill_policy: str = OnKill.CANCEL,
@@ -111,13 +113,14 @@ class PsikJobTrigger(PollingTrigger):
         )
         self.follow_log = follow_log
         self.lease_s = lease_s
+        self.until = until
         self._renewed = -math.inf
         self._follower = LogFollower(str(remote_id), self.log.info)
         self._seen = 0
 
     def arguments(self) -> dict[str, Any]:
         """See :meth:`PollingTrigger.arguments`."""
-        return {**super().arguments(), "follow_log": self.follow_log, "lease_s": self.lease_s}
+        return {**super().arguments(), "follow_log": self.follow_log, "lease_s": self.lease_s, "until": self.until}
 
     async def connect(self) -> contextlib.AbstractAsyncContextManager[AsyncJobClient]:
         """A client of the job service."""
@@ -133,6 +136,8 @@ class PsikJobTrigger(PollingTrigger):
         self._seen = len(history)
         self._facts = job_facts(job, history)
         payload = judge(job, history)
+        if payload is None and self.until == "active" and history and history[-1].state is JobState.active:
+            payload = event(WaitStatus.REACHED, job, f"job {job} is active", self._facts)
         if self.follow_log and history:
             await self._follower.copy(client, history[-1].jobndx, ended=payload is not None)
         return payload

@@ -89,7 +89,7 @@ def _table(planned: list[Progress]) -> Table:
 def backfill(
     experiment: Annotated[str, typer.Argument(help="Experiment, such as mfx100852324.")],
     runs: Annotated[str, typer.Argument(help="Run numbers, such as 100..150,160.")],
-    dag: Annotated[str, typer.Option(help="The DAG that processes a run.")] = "stream_run",
+    dag: Annotated[str, typer.Option(help="The DAG that processes a run.")] = "backfill_run",
     name: Annotated[str, typer.Option(help="Tells several backfills of the same runs apart.")] = "backfill",
     parameters: Annotated[
         Path | None, typer.Option(help="File (YAML or JSON) with what the DAG gets as `parameters`.", dir_okay=False)

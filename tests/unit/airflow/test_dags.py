@@ -15,12 +15,21 @@ from airflow.sdk.exceptions import ParamValidationError
 from lclstream.jobs.models import JobSpec
 from lclstream_airflow.operators.documents import load_document
 from lclstream_airflow.operators.elog import ElogOperator
+from lclstream_airflow.operators.engine import EngineJobOperator
 from lclstream_airflow.operators.lclstream import LCLStreamCancelOperator, LCLStreamTransferOperator
 from lclstream_airflow.operators.psik import PsikOperator
+from lclstream_airflow.operators.reconcile import ReconcileOperator
 from lclstream_airflow.operators.remote import RemoteWorkOperator
+from lclstream_airflow.operators.session import (
+    FindSessionOperator,
+    SessionOperator,
+    SessionReleaseOperator,
+    SessionStreamOperator,
+)
 from lclstream_airflow.sensors.buffer import NNGBufferSensor
 from lclstream_airflow.sensors.elog import FilesAtLocationSensor
 from lclstream_airflow.sensors.polling import PollingSensor
+from lclstream_airflow.sensors.session import SessionEndSensor
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 DAGS = REPOSITORY / "dags"
@@ -98,10 +107,19 @@ def test_stream_runs_parameters_are_checked_when_it_is_triggered(
 
 
 def test_the_examples_are_valid_and_are_what_the_page_shows(bag: DagBag) -> None:
-    page = (REPOSITORY / "docs" / "airflow.md").read_text()
-    params = copy.deepcopy(bag.dags["stream_run"].params)
-    params.update(json.loads((EXAMPLES / "airflow-stream-run.json").read_text()))
-    params.validate()
+    page = "".join((REPOSITORY / "docs" / name).read_text() for name in ("airflow.md", "dags.md"))
+    given = {
+        "stream_run": "airflow-stream-run.json",
+        "reduce_run": "airflow-reduce-run.json",
+        "stream_session": "airflow-session.json",
+    }
+    for dag_id, name in given.items():
+        params = copy.deepcopy(bag.dags[dag_id].params)
+        params.update(json.loads((EXAMPLES / name).read_text()))
+        params.validate()
+    session = EXAMPLES / "airflow-session-job.yaml"
+    JobSpec.model_validate(load_document(str(session), {"session": "mfx"}, "job"))
+    assert session.read_text().strip() in page
     job = EXAMPLES / "airflow-analysis-job.yaml"
     JobSpec.model_validate(load_document(str(job), {"experiment": "mfx", "run": "7"}, "job"))
     example = EXAMPLES / "airflow_own_dag.py"
@@ -113,8 +131,15 @@ def test_the_examples_are_valid_and_are_what_the_page_shows(bag: DagBag) -> None
 
 
 def test_every_argument_is_explained_on_the_page() -> None:
-    page = (REPOSITORY / "docs" / "airflow.md").read_text()
+    page = "".join((REPOSITORY / "docs" / name).read_text() for name in ("airflow.md", "dags.md"))
     for operator in (
+        EngineJobOperator,
+        SessionOperator,
+        FindSessionOperator,
+        SessionStreamOperator,
+        SessionReleaseOperator,
+        SessionEndSensor,
+        ReconcileOperator,
         LCLStreamTransferOperator,
         PsikOperator,
         NNGBufferSensor,

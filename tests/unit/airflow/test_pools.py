@@ -1,0 +1,59 @@
+"""The pools are there before a task needs them, count deferred tasks, and stay as the operators have set them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+from airflow.dag_processing.dagbag import DagBag
+from airflow.models.pool import Pool
+from airflow.utils.session import create_session
+
+from lclstream_airflow.pools import POOLS, on_starting
+from lclstream_airflow.sensors.polling import PollingSensor
+
+DAGS = Path(__file__).resolve().parents[3] / "dags"
+
+
+def pools() -> dict[str, tuple[int, bool]]:
+    with create_session() as session:
+        return {pool.pool: (pool.slots, pool.include_deferred) for pool in Pool.get_pools(session=session)}
+
+
+def test_a_starting_scheduler_makes_missing_pools_and_changes_none() -> None:
+    names = {pool.name for pool in POOLS}
+    with create_session() as session:
+        for pool in Pool.get_pools(session=session):
+            if pool.pool in names:
+                session.delete(pool)
+    on_starting(component=SimpleNamespace(job_type="TriggererJob"))
+    assert not names & pools().keys()
+    on_starting(component=SimpleNamespace(job_type="SchedulerJob"))
+    made = pools()
+    assert {name: made[name] for name in names} == {pool.name: (pool.slots, True) for pool in POOLS}
+    with create_session() as session:
+        Pool.create_or_update_pool(
+            "lclstream_streams", slots=3, description="ours", include_deferred=True, session=session
+        )
+    on_starting(component=SimpleNamespace(job_type="SchedulerJob"))
+    assert pools()["lclstream_streams"] == (3, True)
+
+
+def test_every_pool_of_a_dag_is_made_and_whoever_keeps_a_stream_comes_before_a_new_one() -> None:
+    known = {"default_pool", *(pool.name for pool in POOLS)}
+    for dag in DagBag(dag_folder=str(DAGS)).dags.values():
+        for task in dag.tasks:
+            assert task.pool in known, f"{dag.dag_id}.{task.task_id}: {task.pool}"
+            if task.pool in ("lclstream_streams", "lclstream_archive") and isinstance(task, PollingSensor):
+                assert task.priority_weight > 1, f"{dag.dag_id}.{task.task_id}"
+
+
+def test_airflow_itself_finds_the_listener() -> None:
+    script = (
+        "from airflow.listeners.listener import get_listener_manager as manager\n"
+        "print([getattr(one, '__name__', '') for one in manager().pm.get_plugins()])"
+    )
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=True)
+    assert "lclstream_airflow.pools" in told.stdout, told.stdout + told.stderr
