@@ -83,6 +83,7 @@ class Compute:
     def __init__(self, engine: Engine, config: SuperfacilityConfig) -> None:
         self._engine = engine
         self._config = config
+        self._kinds = {str(name): backend.type for name, backend in config.machines.items()}
 
     async def submit(self, user: UserFiles, machine: str, job: str, is_path: bool, args: Sequence[str]) -> str:
         """Make a job of a script, and start it. Returns the task.
@@ -119,7 +120,7 @@ class Compute:
         return made.stamp
 
     def _attributes(self, machine: str, asked: dict[str, str]) -> dict[str, str]:
-        if self._config.machines[machine].type == "local":  # type: ignore[index]
+        if self._kinds[machine] == "local":
             return {}
         return {name: value for name, value in asked.items() if name not in self._config.ignore_options}
 
@@ -128,7 +129,7 @@ class Compute:
         error: str | None,
     ) -> str:  # fmt: skip
         """A script that sends what the user's script prints where ``--output`` says."""
-        slurm = self._config.machines[machine].type == "slurm"  # type: ignore[index]
+        slurm = self._kinds[machine] == "slurm"
         number = "$SLURM_JOB_ID" if slurm else '$(basename "$base" | tr -d .)'
         out = _pattern(output or "slurm-%j.out", folder)
         err = f'2>>"{_pattern(error, folder)}"' if error else "2>&1"
@@ -163,8 +164,7 @@ class Compute:
 
     def number(self, job: Job) -> str:
         """A job's number, as Slurm counts; of a local job the digits of its folder."""
-        machine = self._config.machines.get(job.backend)  # type: ignore[call-overload]
-        if machine is not None and machine.type == "slurm":
+        if self._kinds.get(job.backend) == "slurm":
             return job.native_id or ""
         return job.stamp.replace(".", "")
 

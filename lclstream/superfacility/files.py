@@ -10,6 +10,8 @@ import pwd
 import shutil
 import stat
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -115,20 +117,16 @@ class UserFiles:
             return lines
 
 
-class _worded:  # noqa: N801 - used as a statement
-    """Makes errors of the file system into those a user sees."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, at: object) -> None:
-        if isinstance(error, OSError) and not isinstance(error, FileRefusedError):
-            missing = error.errno in (errno.ENOENT, errno.ENOTDIR) or isinstance(error, FileNotFoundError)
-            words = _NO_SUCH if missing else error.strerror or str(error)
-            raise FileRefusedError(error.errno or errno.EIO, f"cannot access {self._path!r}: {words}") from error
+@contextmanager
+def _worded(path: str) -> Iterator[None]:
+    """Make errors of the file system into those a user sees."""
+    try:
+        yield
+    except FileRefusedError:
+        raise
+    except OSError as error:
+        words = _NO_SUCH if error.errno in (errno.ENOENT, errno.ENOTDIR) else error.strerror or str(error)
+        raise FileRefusedError(error.errno or errno.EIO, f"cannot access {path!r}: {words}") from error
 
 
 def _line(name: str, status: os.stat_result) -> dict[str, Any]:
@@ -143,7 +141,7 @@ def _line(name: str, status: os.stat_result) -> dict[str, Any]:
     }
 
 
-def _named(look_up: Any, number: int) -> str:
+def _named(look_up: Callable[[int], Any], number: int) -> str:
     try:
         return str(look_up(number)[0])
     except KeyError:
