@@ -23,7 +23,10 @@ class NoPostgresError(RuntimeError):
 
 def _programs() -> Path:
     found = shutil.which("initdb")
-    folders = [Path(found).parent] if found else sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
+    # A link in a folder of links: the other programs are where it leads.
+    folders = (
+        [Path(found).resolve().parent] if found else sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
+    )
     for folder in folders:
         if (folder / "initdb").exists() and (folder / "postgres").exists():
             return folder
