@@ -291,6 +291,21 @@ def test_every_event_arrives_once_at_consumers_of_both_kinds_and_nothing_is_left
     site.nothing_is_left()
 
 
+def test_several_buffers_share_the_events_of_one_transfer(site: Site) -> None:
+    status = site.client.request(configuration(events=200, batch_size=1), ranks=2, buffers=2)
+    assert len(set(status.urls)) == 2
+    site.phase(status.id, TransferPhase.ready)
+    consumers = [Consumer(url, "nng") for url in status.urls]
+    info = site.released(status.id)
+    assert info.phase is TransferPhase.done, info
+    counts = [consumer.end() for consumer in consumers]
+    assert sum(counts) == 200
+    assert all(counts), "both carry a part"
+    assert (info.metrics.recvd, info.metrics.sent) == (200, 200), "figures are of both together"
+    assert [document["sent"]["messages"] for document in info.buffers if document] == counts
+    site.nothing_is_left()
+
+
 def test_a_killed_engine_rank_fails_the_transfer_with_its_reason(site: Site) -> None:
     status = site.client.request(ENDLESS, ranks=2)
     site.phase(status.id, TransferPhase.producing)
