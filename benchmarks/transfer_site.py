@@ -253,9 +253,13 @@ class Site:
         self._before = _shared_memory()
 
     def __enter__(self) -> Self:
-        self.start_jobs()
-        self.start_api()
-        self.ready()
+        try:
+            self.start_jobs()
+            self.start_api()
+            self.ready()
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def start_jobs(self) -> None:
