@@ -82,7 +82,13 @@ with DAG(
     # How many stream at once says the pool.
     max_active_runs=32,
     dagrun_timeout=timedelta(days=7),
-    default_args={"owner": "lclstream", "retries": 2, "retry_delay": timedelta(seconds=10)},
+    default_args={
+        "owner": "lclstream",
+        "retries": 2,
+        "retry_delay": timedelta(seconds=10),
+        # Otherwise a task that begins a stream would come before those that keep one.
+        "weight_rule": "absolute",
+    },
     params={
         "experiment": Param(type="string", minLength=1, description="the experiment's name"),
         "run": Param(type=["integer", "string"], description="the run's number"),

@@ -93,7 +93,13 @@ with DAG(
     # More streams at once are a question of ports and nodes; the rest waits its turn.
     max_active_runs=8,
     dagrun_timeout=timedelta(hours=24),
-    default_args={"owner": "lclstream", "retries": 2, "retry_delay": timedelta(seconds=10)},
+    default_args={
+        "owner": "lclstream",
+        "retries": 2,
+        "retry_delay": timedelta(seconds=10),
+        # Otherwise a task that begins a stream would come before those that keep one.
+        "weight_rule": "absolute",
+    },
     params={
         "experiment": Param(type="string", minLength=1, description="the experiment's name"),
         "run": Param(type=["integer", "string"], description="the run's number"),

@@ -223,6 +223,7 @@ class LCLStreamCancelOperator(BaseOperator):
     """
 
     template_fields: Sequence[str] = ("transfer_id", "lclstream_conn_id")
+    operator_extra_links = (_TRANSFER_LINK,)
     ui_color = "#f6dcd8"
 
     def __init__(
@@ -242,17 +243,18 @@ class LCLStreamCancelOperator(BaseOperator):
         Raises:
             AirflowException: the service does not take it; the lease ends the transfer then.
         """
-        del context
         if self.transfer_id in (None, "", "None"):
             self.log.info("No transfer was made: there is nothing to end")
             return None
         transfer = int(self.transfer_id or 0)
+        hook = LCLStreamHook(self.lclstream_conn_id)
 
         def cancel() -> None:
-            with LCLStreamHook(self.lclstream_conn_id).get_conn() as client:
+            with hook.get_conn() as client:
                 client.cancel(transfer)
 
         try:
+            _TRANSFER_LINK.record(context, hook.transfer_url(transfer))
             insist(cancel, limit_s=START_PATIENCE_S)
         except ServiceError as error:
             if error.status != 404:

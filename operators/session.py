@@ -16,6 +16,7 @@ from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
 from lclstream_airflow.hooks.patience import PeerError, insist
 from lclstream_airflow.hooks.psik import JobState, PsikHook
+from lclstream_airflow.links import JobLink
 from lclstream_airflow.operators.documents import DocumentError
 from lclstream_airflow.operators.psik import PsikOperator
 from lclstream_airflow.operators.remote import START_PATIENCE_S, Progress, Remote
@@ -24,6 +25,7 @@ from lclstream_airflow.triggers.session import AcquisitionTrigger
 if TYPE_CHECKING:
     from airflow.sdk import Context
 
+_JOB_LINK = JobLink()
 _TAG = "session"
 _NO_NAME = re.compile(r"[^A-Za-z0-9._-]+")
 _EMPTY = (None, "", "None")
@@ -65,6 +67,7 @@ class FindSessionOperator(BaseOperator):
     """
 
     template_fields: Sequence[str] = ("session", "psik_conn_id")
+    operator_extra_links = (_JOB_LINK,)
     ui_color = "#e3f2d9"
 
     def __init__(self, *, session: str, psik_conn_id: str = PsikHook.default_conn_name, **kwargs: Any) -> None:
@@ -80,11 +83,9 @@ class FindSessionOperator(BaseOperator):
                 must not wait for it.
             AirflowFailException: the connection is wrong.
         """
-        del context
+        hook = PsikHook(self.psik_conn_id)
         try:
-            found = insist(
-                lambda: PsikHook(self.psik_conn_id).under_way({_TAG: self.session}), limit_s=START_PATIENCE_S
-            )
+            found = insist(lambda: hook.under_way({_TAG: self.session}), limit_s=START_PATIENCE_S)
         except PeerError as error:
             raise AirflowSkipException(f"whether session {self.session!r} is open is not known: {error}") from error
         except ValueError as error:
@@ -93,6 +94,7 @@ class FindSessionOperator(BaseOperator):
         if not open_now:
             raise AirflowSkipException(f"no session {self.session!r} has nodes now")
         newest = max(open_now, key=lambda job: job.updated)
+        _JOB_LINK.record(context, hook.job_url(newest.jobid))
         self.log.info("Session %s: job %s", self.session, newest.jobid)
         return newest.jobid
 

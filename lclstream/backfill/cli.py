@@ -46,10 +46,17 @@ def _parameters(path: Path | None) -> dict[str, Any]:
 
 
 def _chosen(
-    experiment: str, runs: list[int], elog: str | None, credentials: Path | None, where: list[str], tag: str | None
+    experiment: str,
+    runs: list[int] | None,
+    elog: str | None,
+    credentials: Path | None,
+    where: list[str],
+    tag: str | None,
 ) -> list[RunNumber]:
-    """Those of the runs that the logbook has, with these parameters and this tag."""
+    """Those of the runs (None: of all) that the logbook has, with these parameters and this tag."""
     if elog is None:
+        if runs is None:
+            raise _stop(2, "`all` asks the logbook: give its address with --elog, and --credentials")
         if where or tag:
             raise _stop(2, "--where and --tag ask the logbook: give its address with --elog, and --credentials")
         return list(runs)
@@ -75,6 +82,9 @@ def _chosen(
         raise _stop(2, error) from error
     except PeerError as error:
         raise _stop(3, error) from error
+    if runs is None:
+        # Runs have names instead of numbers at some instruments.
+        return sorted(known, key=lambda run: (isinstance(run, str), run))
     return [run for run in runs if run in known]
 
 
@@ -88,7 +98,7 @@ def _table(planned: list[Progress]) -> Table:
 @app.command()
 def backfill(
     experiment: Annotated[str, typer.Argument(help="Experiment, such as mfx100852324.")],
-    runs: Annotated[str, typer.Argument(help="Run numbers, such as 100..150,160.")],
+    runs: Annotated[str, typer.Argument(help="Run numbers, such as 100..150,160; or `all` that the logbook has.")],
     dag: Annotated[str, typer.Option(help="The DAG that processes a run.")] = "backfill_run",
     name: Annotated[str, typer.Option(help="Tells several backfills of the same runs apart.")] = "backfill",
     parameters: Annotated[
@@ -126,7 +136,7 @@ def backfill(
     """
     console = Console(stderr=True)
     try:
-        numbers = _chosen(experiment, parse_runs(runs), elog, credentials, where or [], tag)
+        numbers = _chosen(experiment, None if runs == "all" else parse_runs(runs), elog, credentials, where or [], tag)
         config = AirflowConfig(url=airflow, username=user, password_file=password_file)
         client = BackfillAirflow(config)
     except (RunsError, ConfigError) as error:

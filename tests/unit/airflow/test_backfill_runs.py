@@ -21,6 +21,8 @@ def test_runs_are_chosen_by_what_the_logbook_knows(
     assert _chosen(experiment, [1, 2, 3, 4], elog_service, folder, [], None) == [1, 2, 3]
     assert _chosen(experiment, [1, 2, 3, 4], elog_service, folder, ["photon_energy=9.5"], None) == [1, 2]
     assert _chosen(experiment, [1, 2, 3, 4], elog_service, folder, ["photon_energy=9.5"], "DARK") == [2]
+    assert _chosen(experiment, None, elog_service, folder, ["photon_energy=9.5"], None) == [1, 2]
+    assert _chosen(experiment, None, elog_service, folder, [], None) == [1, 2, 3]
     with pytest.raises(typer.Exit) as refused:
         _chosen(experiment, [1], elog_service, folder, ["photon_energy"], None)
     assert refused.value.exit_code == 2

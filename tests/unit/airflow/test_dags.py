@@ -43,6 +43,7 @@ def bag() -> DagBag:
 
 def test_every_dag_file_is_read_without_an_error(bag: DagBag) -> None:
     assert bag.import_errors == {}
+    assert bag.captured_warnings == {}
     files = {path.stem for path in DAGS.glob("*.py") if path.stem != "__init__"}
     assert set(bag.dag_ids) == files
 

@@ -35,7 +35,7 @@ class SmallAirflow:
 
     async def create(self, dag: str, request: Request) -> dict[str, Any]:
         body = await request.json()
-        if dag != "stream_run":
+        if dag != "backfill_run":
             raise HTTPException(404, f"no DAG {dag}")
         if body["dag_run_id"] in self.runs:
             raise HTTPException(409, "there is one")
@@ -141,6 +141,7 @@ def test_a_lost_answer_makes_no_second_dag_run(run: Any, airflow: SmallAirflow) 
         (["mfx100", "5..3"], 2, "ends before it begins"),
         (["mfx100", "1", "--dag", "nothing"], 1, "no DAG nothing"),
         (["mfx100", "1", "--where", "a=1"], 2, "give its address with --elog"),
+        (["mfx100", "all"], 2, "`all` asks the logbook"),
     ],
 )
 def test_what_is_wrong_is_said(run: Any, words: list[str], code: int, message: str) -> None:
