@@ -37,6 +37,9 @@ STUCK_AFTER_S = 90.0
 #: Seconds the processes of an ended job may take to go.
 GONE_WITHIN_S = 15.0
 SERVICES = ("api", "jobs", "both")
+LATE_ENGINE = "#!/bin/sh\nmpiexec -n {ranks} lclstreamer --config {config} && sleep 3\n"
+#: Stories in which somebody pulls.
+PULLED = ("good", "late")
 #: Seconds of the limits in trials that wait for one to pass.
 SHORT_S = 1.0
 
@@ -81,8 +84,9 @@ class Trial:
     """One transfer and one kill.
 
     Attributes:
-        story: how the transfer would go: ``good``, ``cancel``, ``lease``, ``limit``, ``engine fails``, ``spill``, or
-            ``wait`` in a state until something is killed.
+        story: how the transfer would go: ``good``, ``late`` (the engine's job ends well after its last message),
+            ``cancel``, ``lease``, ``limit``, ``engine fails``, ``spill``, or ``wait`` in a state until something is
+            killed.
         at: the state in which the story's event happens; empty for those that need none.
         victim: ``api``, ``jobs``, ``both``, ``buffer``, ``engine``, ``buffer's runner`` or ``engine's runner``.
         point: when.
@@ -100,6 +104,7 @@ class Trial:
             return {State.failed}
         return {
             "good": {State.done},
+            "late": {State.done},
             "cancel": {State.canceled},
             "lease": {State.expired},
             "limit": {State.failed},
@@ -144,7 +149,10 @@ def trials() -> list[Trial]:
         Trial("good", "", victim, point)
         for point in [*_points_of_life(), *_points_of_end(State.done)]
         for victim in SERVICES
+        if point.value != State.emptied
     ]
+    # Seldom shown otherwise: the buffer must have ended before the engine's job has.
+    found += [Trial("late", "", victim, Point("state", State.emptied.value)) for victim in SERVICES]
     turns = itertools.cycle(SERVICES)
     stories = {Event.cancel: "cancel", Event.lease_expired: "lease"}
     for (state, event), answer in TABLE.items():
@@ -221,7 +229,7 @@ class Chaos:
         if number is None:
             verdict.stuck, verdict.words = 1, "the request was lost"
             return verdict
-        if consumer is None and trial.story == "good":
+        if consumer is None and trial.story in PULLED:
             consumer = self._consumer(number)
         info = self._ended(number)
         if info is None:
@@ -246,6 +254,8 @@ class Chaos:
             changes["limits_s"] = {trial.at or "draining": SHORT_S}
         if trial.story == "spill":
             changes["buffer"] = {**self.site.api_config["buffer"], "spill": str(self.site.folder / "spill")}
+        if trial.story == "late":
+            changes["engine"] = {"script": LATE_ENGINE}
         if changes != self._changes:
             self.site.api_service.stop()
             self.site.start_api(**changes)
@@ -293,7 +303,7 @@ class Chaos:
             if number is None or now is None:
                 time.sleep(0.001)
                 continue
-            if trial.story == "good" and consumer is None and now.state in ("ready", "producing", "draining"):
+            if trial.story in PULLED and consumer is None and now.state in ("ready", "producing", "draining"):
                 consumer = self._consumer(number)
             if not told and trial.at and _has_come(trial.at, now.state):
                 told = True
@@ -485,7 +495,7 @@ def planned(count: int, *, skip: int = 0) -> list[Trial]:
     every = trials()
     random.Random(0).shuffle(every)
     # Trials with a configuration of their own side by side: each change costs a restart of the transfer service.
-    every.sort(key=lambda trial: trial.story in ("limit", "spill"))
+    every.sort(key=lambda trial: trial.story in ("limit", "spill", "late"))
     return list(itertools.islice(itertools.cycle(every), skip, skip + count))
 
 
