@@ -29,6 +29,7 @@ from lclstream_airflow.hooks.superfacility import (
 )
 from lclstream_airflow.links import JobLink
 from lclstream_airflow.operators.documents import DocumentError
+from lclstream_airflow.operators.lineage import lineage
 from lclstream_airflow.operators.psik import LONGEST_RESULT
 from lclstream_airflow.operators.remote import START_PATIENCE_S, Progress, Remote, RemoteWorkOperator
 from lclstream_airflow.triggers.polling import WaitStatus
@@ -39,6 +40,7 @@ from lclstream_airflow.triggers.superfacility import (
 )
 
 if TYPE_CHECKING:
+    from airflow.providers.openlineage.extractors import OperatorLineage
     from airflow.sdk import Context
 
 _JOB_LINK = JobLink()
@@ -337,6 +339,13 @@ class SuperfacilityOperator(RemoteWorkOperator):
         except ServiceError:
             return f"; it has left no log {path}"
         return f"; {path} ends with:\n" + "\n".join(lines[-_TAIL_LINES:]) if lines else ""
+
+    def get_openlineage_facets_on_complete(self, task_instance: Any) -> OperatorLineage:
+        """The stream that the job was told of in its environment, its input files and those kept, for OpenLineage."""
+        url = str((self.environment or {}).get("LCLSTREAM_URL") or "")
+        kept = task_instance.xcom_pull(task_ids=self.task_id) or {}
+        inputs = [(url, "stream"), *(("file", path) for path in (self.input_files or {}).values())]
+        return lineage(inputs, [("file", path) for path in kept.get("files", [])])
 
     def _download(self, name: str) -> bytes:
         machine, path = self._where(), f"{self.folder.rstrip('/')}/{name}"

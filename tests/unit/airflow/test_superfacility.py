@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -394,6 +395,20 @@ def test_no_key_and_no_token_goes_through_xcom_or_the_log(
 
 async def _token(client: SuperfacilityClient) -> str:
     return str(await client._client.token)
+
+
+def test_openlineage_learns_what_is_read_and_written() -> None:
+    pytest.importorskip("airflow.providers.openlineage", reason="the extra `lineage` is not installed")
+    work = SuperfacilityOperator(
+        task_id="x", script="#!/bin/sh", folder="/f", environment={"LCLSTREAM_URL": "tcp://dtn:9001"},
+        input_files={"geometry": "/calib/geometry"},
+    )  # fmt: skip
+    ti = SimpleNamespace(xcom_pull=lambda task_ids: {"files": ["/kept/a.png"]})
+    told = work.get_openlineage_facets_on_complete(ti)
+    assert [(one.namespace, one.name) for one in told.inputs] == [
+        ("tcp://dtn:9001", "stream"), ("file", "/calib/geometry"),
+    ]  # fmt: skip
+    assert [(one.namespace, one.name) for one in told.outputs] == [("file", "/kept/a.png")]
 
 
 def test_without_the_published_client_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
