@@ -1,7 +1,8 @@
-"""Where a run's data are, how fast they move, and what they wait for: a line for each transfer and job."""
+"""Where a run's data are, how fast they move, and what they wait for: a line for each transfer, job and session."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +80,34 @@ def transfer_rows(conn_id: str, limit: int) -> list[Row]:
     """
     hook = LCLStreamHook(conn_id)
     with hook.get_conn() as client:
-        return [_row(client.info(status.id), hook.transfer_url(status.id)) for status in client.list(limit=limit)]
+        infos = [client.info(status.id) for status in client.list(limit=limit)]
+    return [_row(info, hook.transfer_url(info.id), whose=_whose(info.tags)) for info in infos]
+
+
+def session_rows(conn_id: str) -> list[Row]:
+    """The sessions that hold nodes, or wait for them, at a computing centre; none where no such centre is defined."""
+    hook = PsikHook(conn_id)
+    try:
+        found = [job for job in hook.under_way({}) if "session" in job.tags]
+        return [
+            Row(
+                f"session {job.tags['session']} (job {job.jobid}){_whose(job.tags)}",
+                hook.job_url(job.jobid),
+                job.state.value,
+                "",
+                "",
+                "streams" if job.state is JobState.active else "its nodes",
+            )
+            for job in found
+        ]
+    except PeerError as error:
+        return [Row("sessions", conn_id, "unknown", "", "", f"their service to answer: {error}")]
+    except ValueError:
+        return []
+
+
+def _whose(tags: Mapping[str, str]) -> str:
+    return f" of {tags['dag_id']} / {tags.get('run_id', '')}" if "dag_id" in tags else ""
 
 
 def job_row(conn_id: str, job_id: str) -> Row:
@@ -96,7 +124,7 @@ def job_row(conn_id: str, job_id: str) -> Row:
     return Row(f"job {job_id}", url, last.state.value, last.info, "", waiting.get(last.state, ""))
 
 
-def _row(info: TransferInfo, where: str) -> Row:
+def _row(info: TransferInfo, where: str, whose: str = "") -> Row:
     facts = transfer_facts(info)
     counts = (
         f"{facts['received_messages']} in ({_bytes(facts['received_bytes'])}), "
@@ -105,7 +133,7 @@ def _row(info: TransferInfo, where: str) -> Row:
     speed = f"{_bytes(facts['rate_in_bytes_s'])}/s in, {_bytes(facts['rate_out_bytes_s'])}/s out"
     name = f" ({info.name})" if info.name else ""
     why = f": {info.info}" if info.phase.final and info.info else ""
-    return Row(f"transfer {info.id}{name}", where, info.phase.value + why, counts, speed, waits_for(info))
+    return Row(f"transfer {info.id}{name}{whose}", where, info.phase.value + why, counts, speed, waits_for(info))
 
 
 def _bytes(value: Any) -> str:

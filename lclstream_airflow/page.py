@@ -20,7 +20,8 @@ from sqlalchemy import select
 
 from lclstream_airflow.hooks.lclstream import LCLStreamHook
 from lclstream_airflow.hooks.patience import PeerError
-from lclstream_airflow.overview import Row, job_row, transfer_row, transfer_rows
+from lclstream_airflow.hooks.psik import PsikHook
+from lclstream_airflow.overview import Row, job_row, session_rows, transfer_row, transfer_rows
 
 #: Seconds between two looks of an open page.
 REFRESH_S = 3
@@ -40,10 +41,12 @@ app = FastAPI(title="LCLStream", docs_url=None, redoc_url=None, openapi_url=None
     response_class=HTMLResponse,
     dependencies=[Depends(requires_access_dag("GET", DagAccessEntity.RUN))],
 )
-def transfers(connection: str = Query(LCLStreamHook.default_conn_name)) -> str:
-    """The latest transfers of a transfer service."""
+def transfers(
+    connection: str = Query(LCLStreamHook.default_conn_name), jobs: str = Query(PsikHook.default_conn_name)
+) -> str:
+    """The sessions at a computing centre, and the latest transfers of a transfer service."""
     try:
-        rows = transfer_rows(connection, _LATEST)
+        rows = [*session_rows(jobs), *transfer_rows(connection, _LATEST)]
     except (PeerError, ValueError) as error:
         return _page("Streams", [], f"The transfer service cannot be asked: {error}")
     return _page("Streams", rows, "No transfer has been made yet.")

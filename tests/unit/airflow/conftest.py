@@ -85,6 +85,7 @@ class Scripted:
         return TransferInfo(
             user="airflow", log=[entry], metrics=metrics, id=self.number, url=self.status().url,
             state=self.phase.job_state, phase=self.phase, info=self.info, buffer=buffer,
+            tags=self.tags,
         )  # fmt: skip
 
 

@@ -10,6 +10,8 @@ import httpx
 import pytest
 
 from lclstream.api.models import TransferInfo, TransferPhase
+from lclstream.jobs.client import JobClient
+from lclstream.jobs.models import JobSpec
 from lclstream_airflow.overview import waits_for
 
 
@@ -71,6 +73,23 @@ def test_a_service_that_is_away_is_said_so(
     assert answer.status_code == 200
     assert "cannot be asked" in answer.text
     assert "nowhere" in get("/lclstream/?connection=nowhere").text
+
+
+def test_open_sessions_come_first_and_everything_says_whose_it_is(
+    get: Callable[..., httpx.Response], transfers: Any, jobs: JobClient
+) -> None:
+    whose = {"dag_id": "stream_session", "run_id": "shift <7>"}
+    job = jobs.submit(JobSpec(script="#!/bin/sh\nexec sleep 60"), tags={"session": "mfx", **whose})
+    other = jobs.submit(JobSpec(script="#!/bin/sh\nexec sleep 60"))
+    transfers.add().tags = whose
+    try:
+        text = get("/lclstream/").text
+    finally:
+        for one in (job, other):
+            jobs.cancel(one)
+    assert f"session mfx (job {job}) of stream_session / shift &lt;7&gt;" in text
+    assert other not in text
+    assert text.index("session mfx") < text.index("transfer 1 of stream_session / shift &lt;7&gt;")
 
 
 def test_a_run_without_a_stream_says_so(get: Callable[..., httpx.Response]) -> None:
