@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import ssl
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -37,10 +38,10 @@ def message(first: int, count: int, *, times: bool = True) -> bytes:
 
 
 @contextmanager
-def streamed(url: str, messages: list[bytes]) -> Iterator[None]:
+def streamed(url: str, messages: list[bytes], tls: ssl.SSLContext | None = None) -> Iterator[None]:
     def send() -> None:
         try:
-            with push(url, listen=True, timeout_s=10) as pusher:
+            with push(url, listen=True, timeout_s=10, tls=tls) as pusher:
                 for each in messages:
                     pusher.send(each)
         except StreamError:
@@ -303,3 +304,16 @@ def test_simplon_images_without_their_start_message_leave_the_cache_incomplete(m
         dataset.fill()
     assert not dataset.complete
     assert dataset.cached_events == 0
+
+
+@pytest.mark.parametrize("named", ["by the caller", "by the environment"])
+def test_an_encrypted_stream_is_read_with_our_certificate(named, sites, tmp_path, free_port, monkeypatch):
+    url = f"tls+tcp://127.0.0.1:{free_port()}"
+    alice = sites["s3df"].member("alice").folder
+    if named == "by the environment":
+        monkeypatch.setenv("LCLSTREAM_CREDENTIALS", str(alice))
+    dataset = StreamDataset(
+        url, tmp_path, key="run7", timeout_s=10, credentials=alice if named == "by the caller" else None
+    )
+    with streamed(url, [message(0, 5), message(5, 5)], sites["s3df"].member("buffer").server_context()):
+        assert dataset.fill() == 10
