@@ -288,7 +288,7 @@ def _tls_problem(error: ssl.SSLError) -> str:
     text = str(error.reason or error)
     if _REFUSALS.search(text):
         return f"it refuses our certificate ({text}): our issuer must be one the other side trusts"
-    return f"TLS failed ({text}): does the other side speak TLS?"
+    return f"TLS failed ({text}): does the other side speak TLS, and accept our certificate (libnng: P-256 keys only)?"
 
 
 def _close(stream: socket.socket | None) -> None:

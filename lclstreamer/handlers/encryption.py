@@ -160,7 +160,9 @@ def _told(error: OSError) -> OSError:
             f"the sink refuses our certificate, data_handlers.tls.certificate ({text}): its issuer must be one the "
             "sink trusts"
         )
-    return WireError(f"TLS failed: {text}; does the other side speak TLS, and does it accept our certificate?")
+    return WireError(
+        f"TLS failed: {text}; does the other side speak TLS, and does it accept our certificate (libnng: P-256 keys only)?"
+    )
 
 
 def _words(error: OSError) -> str:
