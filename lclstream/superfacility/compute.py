@@ -6,12 +6,14 @@ folder name. Its Slurm backend talks to the cluster; a local backend serves wher
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import getpass
 import json
 import os
 import re
 import shlex
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,8 @@ from lclstream.superfacility.files import UserFiles
 #: Where the scripts of jobs are kept in a user's folder, out of his way.
 _SCRIPTS = ".superfacility"
 _LONGEST_SCRIPT = 4 << 20
+#: How long a submission waits for the scheduler's answer before it is only a task, in seconds.
+_SETTLE_S = 0.5
 #: Ends that Slurm has words of its own for, by the beginning of what our engine says.
 _ENDS = {
     "duration of": "TIMEOUT", "TIMEOUT": "TIMEOUT", "DEADLINE": "DEADLINE", "NODE_FAIL": "NODE_FAIL",
@@ -117,6 +121,10 @@ class Compute:
             made = await self._engine.make(spec, owner(user.name), start=True)
         except (RefusedError, ValueError) as error:
             raise SubmissionError(f"sbatch: error: {error}") from error
+        # The client asks for its task at once, and then every second: most are through with a little patience.
+        until = time.monotonic() + _SETTLE_S
+        while made.native_id is None and not made.is_final and time.monotonic() < until:
+            await asyncio.sleep(0.02)
         return made.stamp
 
     def _attributes(self, machine: str, asked: dict[str, str]) -> dict[str, str]:
