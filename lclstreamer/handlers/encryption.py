@@ -161,7 +161,7 @@ def _told(error: OSError) -> OSError:
             "sink trusts"
         )
     return WireError(
-        f"TLS failed: {text}; does the other side speak TLS, and does it accept our certificate (libnng: P-256 keys only)?"
+        f"TLS failed: {text}; does the other side speak TLS, and accept our certificate (libnng: P-256 keys only)?"
     )
 
 
