@@ -3,11 +3,12 @@
     python benchmarks/engine.py --reference CHECKOUT_OF_THE_ORIGINAL [--reference-packages DIR] [--ranks 1,2] [--quick]
 
 Every run streams a pool of frames that lie in memory (so that no detector or random numbers are measured) as HDF5 over
-ZeroMQ on loopback TCP to a sink, which opens every message, counts its events, and compares a row with the pool. The
-rate is that of the raw frames at the sink, from the first to the last message; CPU seconds are those of the engine's
-processes from their first event on. Ours and the original take turns, medians are told. The limit of a row is the
-smallest of what was measured in the same run: copying memory, pushing buffers of that size with ZeroMQ (`copy=False`),
-and for compressed rows the codec on all cores.
+ZeroMQ on loopback TCP to a sink that checks every message and takes little of the processor (`pull_sink.py`; it is
+the same for both). The rate is that of the raw frames at the sink, from the end of the warm-up (4 messages a rank; 100
+of tiny ones) to the last message; CPU seconds are those of the engine's processes alone, after as many events. Ours and
+the original take turns, medians are told. The limit of a row is the smallest of what was measured in the same run:
+copying memory, libzmq pushing one buffer of that size again and again (`copy=False`) to the same sink, and for
+compressed rows the codec on all cores.
 
 The original's own requirements (`stream`, `cbor`, `bitshuffle`) must be importable, or lie in `--reference-packages`.
 """
@@ -15,7 +16,6 @@ The original's own requirements (`stream`, `cbor`, `bitshuffle`) must be importa
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import multiprocessing
 import os
@@ -26,12 +26,12 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
+from pull_sink import sink
 
 POOL = 8
 HERE = Path(__file__).resolve()
@@ -51,12 +51,18 @@ class Case:
         """Bytes of an event."""
         return int(np.prod(self.frame)) * np.dtype(self.dtype).itemsize
 
-    def events(self, quick: bool) -> int:
-        """How many events a run has: enough seconds to measure."""
+    @property
+    def warm(self) -> int:
+        """Messages a rank sends before the clock starts: all memory has been used once by then."""
+        return 100 if self.nbytes < 1000 else 4
+
+    def events(self, quick: bool, ranks: int) -> int:
+        """How many events a run has: the warm-up and some seconds to measure."""
+        step = ranks * self.batch_size
         if self.nbytes < 1000:
-            return 40_000 if quick else 300_000
-        volume = (0.4e9 if quick else 2.5e9) / (2 if self.compression else 1)
-        return max(3 * self.batch_size, int(volume / self.nbytes / self.batch_size) * self.batch_size)
+            return step * self.warm + (100_000 if quick else 500_000)
+        volume = (2e9 if quick else 5e9) / (2 if self.compression else 1)
+        return step * (self.warm + max(3, int(volume / self.nbytes / step)))
 
 
 CASES = [
@@ -79,17 +85,17 @@ def pool(case: Case) -> np.ndarray[Any, Any]:
 # ------------------------------------------------------------------------------------------------------------ a child
 
 
-def child(which: str, reference: str, packages: str, config: str, frames: str, report: str) -> None:
-    """Run one engine on the pool, as its command does, and write how many CPU seconds that took."""
-    from itertools import cycle
+def child(which: str, reference: str, packages: str, config: str, frames: str, report: str, warm: str) -> None:
+    """Run one engine on the pool, as its command does, and write how many CPU seconds that took after `warm` events."""
+    from itertools import count, cycle
 
     if packages:
         sys.path.append(packages)
     begun: list[float] = []
-    given = cycle(list(np.load(frames, mmap_mode=None)))
+    given, number, last = cycle(list(np.load(frames))), count(), int(warm)
 
     def frame(self: Any, event: Any) -> Any:
-        if not begun:
+        if next(number) == last:
             begun.append(time.process_time())
         return next(given)
 
@@ -113,79 +119,6 @@ def child(which: str, reference: str, packages: str, config: str, frames: str, r
     finally:
         rank = os.environ.get("PMI_RANK", "0")
         Path(f"{report}.{rank}").write_text(str(time.process_time() - begun[0] if begun else 0.0))
-
-
-# -------------------------------------------------------------------------------------------------------------- sink
-
-
-def sink(url: str, frames: str, batch: int, compressed: bool, pipe: Connection) -> None:
-    """Pull until told to end; answer with events, seconds, events of the first message, and wrong messages."""
-    import h5py
-    import hdf5plugin  # noqa: F401 - registers the codecs
-    import zmq
-
-    expected = {bytes(one.reshape(-1)[:8]) for one in np.load(frames)}
-    context = zmq.Context()
-    socket = context.socket(zmq.PULL)
-    socket.RCVTIMEO = 200
-    socket.bind(url)
-    pipe.send("ready")
-    events = first_events = wrong = 0
-    first = last = 0.0
-    ending = False
-    while True:
-        try:
-            message = socket.recv(copy=False)
-        except zmq.Again:
-            if ending:
-                break
-            ending = pipe.poll()
-            continue
-        now = time.perf_counter()
-        try:
-            with h5py.File(
-                io.BytesIO(message.buffer) if message.buffer.nbytes < 1 << 16 else _Reader(message.buffer)
-            ) as file:
-                data = file["data/frames"]
-                count = data.shape[0]
-                row = data[0].reshape(-1)[:8] if compressed or data[0:1].nbytes < 4096 else data[0, 0, :8]
-                wrong += bytes(row) not in expected
-        except (OSError, KeyError):
-            count, wrong = 0, wrong + 1
-        if not first:
-            first, first_events = now, count
-        last = now
-        events += count
-    pipe.send((events, last - first, first_events, wrong))
-    socket.close(0)
-    context.term()
-
-
-class _Reader(io.RawIOBase):
-    """A file over a buffer that is not copied."""
-
-    def __init__(self, content: memoryview) -> None:
-        self._content, self._place = content, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._place = offset + (0, self._place, self._content.nbytes)[whence]
-        return self._place
-
-    def tell(self) -> int:
-        return self._place
-
-    def readinto(self, into: Any) -> int:
-        view = memoryview(into).cast("B")
-        count = min(view.nbytes, self._content.nbytes - self._place)
-        view[:count] = self._content[self._place : self._place + count]
-        self._place += count
-        return count
 
 
 # -------------------------------------------------------------------------------------------------------------- runs
@@ -218,7 +151,7 @@ def configuration(case: Case, events: int, url: str) -> dict[str, Any]:
 
 def run(which: str, case: Case, ranks: int, arguments: argparse.Namespace, folder: Path) -> tuple[float, float, float]:
     """One run: GB/s, events/s, CPU seconds per GB."""
-    events = case.events(arguments.quick)
+    events, warm = case.events(arguments.quick, ranks), case.warm * ranks
     url = f"ipc://{folder}/sink" if arguments.transport == "ipc" else f"tcp://127.0.0.1:{_free_port()}"
     # The original makes its number of events on every rank.
     content = configuration(case, events if which == "ours" else -(-events // ranks), url)
@@ -230,8 +163,7 @@ def run(which: str, case: Case, ranks: int, arguments: argparse.Namespace, folde
     if not Path(frames).exists():
         np.save(frames, pool(case))
     mine, other = multiprocessing.Pipe()
-    compressed = case.compression is not None
-    puller = multiprocessing.Process(target=sink, args=(url, frames, case.batch_size, compressed, other), daemon=True)
+    puller = multiprocessing.Process(target=sink, args=(url, frames, warm, other), daemon=True)
     puller.start()
     mine.recv()
     mpi = [] if ranks == 1 else [str(Path(sys.executable).parent / "mpiexec"), "-n", str(ranks)]
@@ -248,21 +180,22 @@ def run(which: str, case: Case, ranks: int, arguments: argparse.Namespace, folde
             config,
             frames,
             report,
+            str(case.warm * case.batch_size),
         ],
         capture_output=True,
         text=True,
         timeout=600,
     )
     mine.send("end")
-    received, seconds, first_events, wrong = mine.recv()
+    measured, seconds, received, wrong = mine.recv()
     puller.join(10)
     if done.returncode or wrong:
         raise SystemExit(f"{which} failed ({wrong} wrong messages):\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     if which == "ours" and received != events:
         raise SystemExit(f"ours lost events: {received} of {events} arrived")
     cpu = sum(float(path.read_text()) for path in folder.glob(f"cpu-{which}.*"))
-    rate = (received - first_events) / seconds
-    return rate * case.nbytes / 1e9, rate, cpu / (events * case.nbytes / 1e9)
+    rate = measured / seconds
+    return rate * case.nbytes / 1e9, rate, cpu / ((events - warm * case.batch_size) * case.nbytes / 1e9)
 
 
 def _free_port() -> int:
@@ -324,25 +257,20 @@ def _push(url: str, size: int, count: int) -> None:
 
 
 def zmq_gbs(size: int, volume: float) -> float:
-    """One process pushing, one pulling, nothing copied by them."""
-    import zmq
-
-    count = max(20, int(volume / size))
+    """One buffer pushed again and again by libzmq to the sink of the runs."""
+    count, warm = max(20, int(volume / size)), 3
     url = f"tcp://127.0.0.1:{_free_port()}"
-    context = zmq.Context()
-    socket = context.socket(zmq.PULL)
-    socket.bind(url)
-    pusher = multiprocessing.Process(target=_push, args=(url, size, count), daemon=True)
+    mine, other = multiprocessing.Pipe()
+    puller = multiprocessing.Process(target=sink, args=(url, "", warm, other), daemon=True)
+    puller.start()
+    mine.recv()
+    pusher = multiprocessing.Process(target=_push, args=(url, size, count + warm), daemon=True)
     pusher.start()
-    socket.recv(copy=False)
-    began = time.perf_counter()
-    for _ in range(count - 1):
-        socket.recv(copy=False)
-    seconds = time.perf_counter() - began
     pusher.join()
-    socket.close(0)
-    context.term()
-    return (count - 1) * size / seconds / 1e9
+    mine.send("end")
+    measured, seconds, *_ = mine.recv()
+    puller.join()
+    return measured * size / seconds / 1e9
 
 
 # -------------------------------------------------------------------------------------------------------------- main
@@ -379,14 +307,14 @@ def main() -> None:
     parser.add_argument("--reference", metavar="DIR", help="a checkout of the original engine, measured as well")
     parser.add_argument("--reference-packages", metavar="DIR", help="where its own requirements are, if not installed")
     parser.add_argument("--ranks", default="1", help="numbers of ranks, e.g. 1,2 (default 1)")
-    parser.add_argument("--quick", action="store_true", help="less data, one round, one rank: under 50 s")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of ours and the original in turn (default 3)")
+    parser.add_argument("--quick", action="store_true", help="less data, one round: under 50 s with one rank")
+    parser.add_argument("--rounds", type=int, help="rounds of ours and the original in turn (default 3, quick 1)")
     parser.add_argument("--transport", choices=["tcp", "ipc"], default="tcp")
     parser.add_argument("--only", type=int, action="append", help="only the case of this number, from 0")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures for programs as well")
     arguments = parser.parse_args()
-    ranks_list = [1] if arguments.quick else [int(word) for word in arguments.ranks.split(",")]
-    rounds = 1 if arguments.quick else arguments.rounds
+    ranks_list = [int(word) for word in arguments.ranks.split(",")]
+    rounds = arguments.rounds or (1 if arguments.quick else 3)
     kinds = ["ours", *(["reference"] if arguments.reference else [])]
     copying = memcpy_gbs()
     rows = []
@@ -437,6 +365,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        child(*sys.argv[2:8])
+        child(*sys.argv[2:9])
     else:
         main()
