@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar
@@ -32,6 +32,8 @@ T = TypeVar("T")
 _DATABASE_THREADS = 4
 #: How often old transfers are forgotten, in seconds.
 _PRUNE_S = 3600.0
+#: Seconds between the transfers that go on after a start: all at once they would keep the first requests waiting.
+_RESUME_S = 0.01
 #: Seconds until a driver that died of a programming error is started again.
 _RESTART_S = 5.0
 
@@ -62,11 +64,15 @@ class Supervisor:
         self._loop = asyncio.get_running_loop()
         self._pruning = asyncio.create_task(self._prune(), name="transfers-prune")
         waiting = await self.in_thread(self._store.unreleased)
-        for transfer in waiting:
-            self._watch(transfer)
+        self._resuming = asyncio.create_task(self._resume(waiting), name="transfers-resume")
+        return self
+
+    async def _resume(self, waiting: Sequence[int]) -> None:
         if waiting:
             log.info("%d transfers go on where they were", len(waiting))
-        return self
+        for transfer in waiting:
+            self._watch(transfer)
+            await asyncio.sleep(_RESUME_S)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
@@ -74,7 +80,7 @@ class Supervisor:
         # Jobs go on running: a service that is restarted finds them again.
         loop, self._loop = self._loop, None
         assert loop is not None
-        tasks = [self._pruning, *self._tasks.values()]
+        tasks = [self._pruning, self._resuming, *self._tasks.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -135,6 +135,12 @@ def test_the_changes_make_exactly_the_tables_of_the_program(url: str) -> None:
     engine.dispose()
 
 
+def test_the_newest_layout_is_known_without_alembic() -> None:
+    from alembic.script import ScriptDirectory
+
+    assert database.newest() == ScriptDirectory.from_config(database._config(None)).get_current_head()
+
+
 def test_a_database_of_the_first_layout_is_brought_to_this_one(url: str) -> None:
     from alembic import command
 
