@@ -22,7 +22,7 @@ from lclstream.demo.processes import Children
 from lclstream.demo.services import Services
 from lclstream.demo.workspace import Workspace
 from lclstream.jobs.client import JobClient
-from lclstream.jobs.models import JobState
+from lclstream.jobs.models import Transition
 
 TRIGGERER = "airflow-triggerer"
 #: Most seconds for everything to start on a busy machine with two cores.
@@ -111,10 +111,10 @@ class AirflowSite:
         with self.transfers() as client:
             return client.info(number)
 
-    def job_state(self, job_id: str) -> JobState:
-        """A job's state."""
+    def job_history(self, job_id: str) -> list[Transition]:
+        """The states a job has reached, oldest first."""
         with self.jobs() as client:
-            return client.state(job_id)
+            return client.history(job_id)
 
     def transfer_folders(self, number: int) -> list[Path]:
         """Folders of a transfer's jobs: buffers and engine."""

@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 from airflow_site import TRIGGERER, AirflowSite, airflow_site, wait_for
 
+from lclstream.api.models import TransferPhase
 from lclstream.security.errors import PeerError
 
 KINDS = ("transfer", "job")
@@ -47,6 +48,7 @@ class Row:
         folders: where that work's processes run.
         ended: when the task was ended, in Unix seconds.
         gone: when nothing of its work was left, in Unix seconds.
+        by: what ended the work: ``cancel``, or ``lease``.
         wrong: what else went wrong.
     """
 
@@ -58,6 +60,7 @@ class Row:
     folders: list[Path] = field(default_factory=list)
     ended: float | None = None
     gone: float | None = None
+    by: str | None = None
     wrong: list[str] = field(default_factory=list)
 
     @property
@@ -91,18 +94,25 @@ class Watch(threading.Thread):
             for row in present:
                 # A service that does not answer says nothing.
                 with suppress(PeerError):
-                    if not self.left(row, running) and self._is_over(row):
-                        row.gone = time.time()
+                    if not self.left(row, running) and (by := self._ended_by(row)):
+                        row.by, row.gone = by, time.time()
 
     def left(self, row: Row, running: list[str]) -> list[str]:
         """Processes and ports of a row's work."""
         mine = [words for words in running if any(str(folder) in words for folder in row.folders)]
         return mine + [f"port {port}" for port in self._site.open_ports(*row.folders)]
 
-    def _is_over(self, row: Row) -> bool:
+    def _ended_by(self, row: Row) -> str | None:
+        """What its service says about its end; None: it has not ended."""
         if row.kind == "transfer":
-            return self._site.transfer(int(row.work)).released
-        return self._site.job_state(row.work).is_final
+            transfer = self._site.transfer(int(row.work))
+            if not transfer.released:
+                return None
+            return "lease" if transfer.phase is TransferPhase.expired else "cancel"
+        last = self._site.job_history(row.work)[-1]
+        if not last.state.is_final:
+            return None
+        return "lease" if "lease" in last.info else "cancel"
 
 
 Act = Callable[[AirflowSite, list[Row]], None]
@@ -369,9 +379,9 @@ def run(
         say: is told the course.
 
     Returns:
-        ``{"rows": [{"case", "left_running", "seconds_to_gone", "wrong"}], "left_running",
-        "lease_s"}``; `wrong` says what `left_running`
-        counts: processes, ports, and second work where there must be none.
+        ``{"rows": [{"case", "left_running", "seconds_to_gone", "by", "wrong"}], "left_running", "lease_s"}``; `by` is
+        what ended the work, ``cancel`` or ``lease``; `wrong` says what `left_running` counts: processes, ports, and
+        second work where there must be none.
     """
     environment = {
         "AIRFLOW__CORE__DAGS_FOLDER": str(DAGS),
@@ -407,6 +417,7 @@ def _figures(row: Row, left: list[str]) -> dict[str, Any]:
         "case": f"{row.case}: {row.kind}",
         "left_running": len(wrong),
         "seconds_to_gone": None if row.gone is None else round(max(0.0, row.gone - row.ended), 1),
+        "by": row.by,
         "wrong": wrong,
     }
 
