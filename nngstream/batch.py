@@ -23,9 +23,10 @@ class Batch:
         since: when it came (monotonic seconds).
         group: which group of consumers it is for.
         portion: how many messages one consumer takes of it at most, 0 when not decided yet.
+        number: its place in the queue, counted from 1; 0 before it came there. Parts of a batch share it.
     """
 
-    __slots__ = ("begin", "block", "ends", "format", "group", "nbytes", "portion", "since")
+    __slots__ = ("begin", "block", "ends", "format", "group", "nbytes", "number", "portion", "since")
 
     def __init__(
         self, block: Block, wire: Format, begin: int, ends: array[int], nbytes: int, *, since: float, group: int = 0
@@ -38,6 +39,7 @@ class Batch:
         self.since = since
         self.group = group
         self.portion = 0
+        self.number = 0
 
     def __len__(self) -> int:
         """How many messages."""
@@ -73,7 +75,9 @@ class Batch:
     def copy(self) -> Batch:
         """Another description of the same messages, one more user of the block."""
         self.block.share()
-        return Batch(self.block, self.format, self.begin, self.ends, self.nbytes, since=self.since, group=self.group)
+        same = Batch(self.block, self.format, self.begin, self.ends, self.nbytes, since=self.since, group=self.group)
+        same.number = self.number
+        return same
 
     def split(self, count: int) -> Batch:
         """Take the first `count` messages out as a batch of their own; the others stay. 0 < count < len."""
@@ -82,6 +86,7 @@ class Batch:
         first = Batch(
             self.block, self.format, self.begin, self.ends[:count], nbytes, since=self.since, group=self.group
         )
+        first.number = self.number
         self.begin = self.ends[count - 1]
         self.ends = self.ends[count:]
         self.nbytes -= nbytes

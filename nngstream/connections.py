@@ -32,6 +32,9 @@ log = logging.getLogger("nngstream")
 #: More connections than this at once are turned away: each is a thread.
 MAX_CONNECTIONS = 4096
 _DIAL_S = 5.0
+#: What OpenSSL says of a peer with which our certificate cannot be used.
+_UNKNOWN_KEY_TYPE = ("NO_SUITABLE_SIGNATURE_ALGORITHM", "NO_SHARED_CIPHER")
+_P256 = "libnng's Mbed TLS knows no Ed25519, give this buffer a certificate with a P-256 key"
 _BACKOFF_S = (0.05, 2.0)
 #: How long a dialling buffer lets the other side speak first: at the beginning, and at most.
 _SPEAK_AFTER_S = (0.5, 4.0)
@@ -238,8 +241,10 @@ class Connections:
             )
             try:
                 connection.sock.do_handshake()
-            except ssl.SSLError:
+            except ssl.SSLError as error:
                 let_read(connection.sock)
+                if error.reason in _UNKNOWN_KEY_TYPE:
+                    raise WireError(f"knows no keys of our certificate's kind: {_P256} ({error.reason})") from error
                 raise
             stream: Stream = TlsStream(connection.sock, where)
         else:

@@ -106,6 +106,7 @@ class Fifo:
         self._received, self._sent, self._lost, self._held = _Count(), _Count(), _Count(), _Count()
         self._in_hand: set[Batch] = set()
         self._high_water = 0
+        self._number = 0
 
     # -- producers
 
@@ -115,6 +116,8 @@ class Fifo:
             self._received.add(len(batch), batch.nbytes)
             self._held.add(len(batch), batch.nbytes)
             self._high_water = max(self._high_water, self._held.bytes)
+            # One that comes from the disk has its number already; what comes now is newer.
+            self._number = batch.number = batch.number or self._number + 1
             self._queues[batch.group].append(batch)
             self._serve(batch.group)
 

@@ -7,13 +7,15 @@ A segment is deleted when all its records have been given away.
 ::
 
     segment  = record*
-    record   = "NNGSPILL" done:u8 format:u8 group:u16 count:u32 size:u64 nbytes:u64 crc:u32    (little-endian)
+    record   = "NNGSPILL" done:u8 format:u8 group:u16 count:u32 size:u64 nbytes:u64 number:u64 crc:u32
                end:u64 * count   data: size bytes                                 padding to 8 bytes
 
-`done` becomes 1 when every message of the record was sent or lost. A buffer that starts finds the records that are not
-done and offers them again: after a crash the record that was being sent comes twice (at most a MiB, or one message, for
-each consumer). What was only in memory is gone. `crc` covers the head and the ends: a record that was being written
-when the buffer crashed is not offered. A power cut may lose what the kernel had not written yet.
+(little-endian). `number` is the record's place in the queue: the newest ones are written first, so that their place in
+the files does not tell it. `done` becomes 1 when every message of the record was sent or lost. A buffer that starts
+finds those that are not done and offers them again, in order: after a crash the one that was being sent comes twice
+(at most a MiB, or one message, for each consumer). What was only in memory is gone. `crc` covers the head and the ends:
+a record that was being written when the buffer crashed is not offered. A power cut may lose what the kernel had not
+written yet.
 
 Ownership: one thread (:meth:`Spill.start`) writes; any thread that gives up the last use of a record marks it.
 """
@@ -56,7 +58,7 @@ _LOOK_S = 0.05
 _AFTER_FULL_DISK_S = 5.0
 
 _MAGIC = b"NNGSPILL"
-_HEAD = struct.Struct("<8sBBHIQQI")
+_HEAD = struct.Struct("<8sBBHIQQQI")
 _DONE_AT = len(_MAGIC)
 _FORMATS: tuple[Format, ...] = (sp.SP, sp.SP_IPC, zmtp.ZMTP)
 _NUMBERS = {wire.name: number for number, wire in enumerate(_FORMATS)}
@@ -111,17 +113,17 @@ class Spill:
             return sum(segment.size for segment in self._segments)
 
     def recover(self) -> int:
-        """Queue what a buffer before us left; returns how many messages. Call before :meth:`start`."""
-        messages = 0
+        """Queue what a buffer before us left, in its order; returns how many messages. Call before :meth:`start`."""
+        batches: list[Batch] = []
         for path in sorted(self._folder.glob("*.segment")):
             self._number = max(self._number, int(path.stem) + 1)
             segment = _Segment(self, path, create=False)
             self._segments.add(segment)
-            for batch in segment.records(self._fifo.groups):
-                messages += len(batch)
-                self._fifo.put(batch)
+            batches += segment.records(self._fifo.groups)
             segment.close()
-        return messages
+        for batch in sorted(batches, key=lambda each: each.number):
+            self._fifo.put(batch)
+        return sum(map(len, batches))
 
     def start(self) -> None:
         """Begin to relieve the memory."""
@@ -258,7 +260,7 @@ class _Segment:
             size += batch.size
         nbytes = sum(batch.nbytes for batch in run)
         index = ends.tobytes()
-        head = _head(_NUMBERS[first.format.name], first.group, len(ends), size, nbytes, index)
+        head = _head(_NUMBERS[first.format.name], first.group, len(ends), size, nbytes, first.number, index)
         at = self.size
         try:
             position = _write_at(self._file.fileno(), head + index, at)
@@ -269,24 +271,28 @@ class _Segment:
             raise
         self.size = position + -position % 8
         os.ftruncate(self._file.fileno(), self.size)
-        return self._map(at, first.format, first.group, ends, size, nbytes, first.since)
+        merged = self._map(at, first.format, first.group, ends, size, nbytes, first.since)
+        merged.number = first.number
+        return merged
 
     def records(self, groups: int) -> Iterator[Batch]:
         """The records that are not done."""
         at = 0
         while at + _HEAD.size <= self.size:
             head = os.pread(self._file.fileno(), _HEAD.size, at)
-            magic, done, number, group, count, size, nbytes, _ = _HEAD.unpack(head)
+            magic, done, wire, group, count, size, nbytes, number, _ = _HEAD.unpack(head)
             data_at = at + _HEAD.size + 8 * count
-            if magic != _MAGIC or number >= len(_FORMATS) or data_at + size > self.size:
+            if magic != _MAGIC or wire >= len(_FORMATS) or data_at + size > self.size:
                 break
             index = os.pread(self._file.fileno(), 8 * count, at + _HEAD.size)
-            if head[_DONE_AT + 1 :] != _head(number, group, count, size, nbytes, index)[_DONE_AT + 1 :]:
+            if head[_DONE_AT + 1 :] != _head(wire, group, count, size, nbytes, number, index)[_DONE_AT + 1 :]:
                 break
             if not done and count:
                 ends: array[int] = array("Q")
                 ends.frombytes(index)
-                yield self._map(at, _FORMATS[number], group % groups, ends, size, nbytes, time.monotonic())
+                batch = self._map(at, _FORMATS[wire], group % groups, ends, size, nbytes, time.monotonic())
+                batch.number = number
+                yield batch
             at = data_at + size + -(data_at + size) % 8
         if at < self.size:
             log.warning("spill: %s: %d bytes at its end were not written wholly", self.path, self.size - at)
@@ -345,10 +351,10 @@ def _unmap(block: Block, mapping: mmap.mmap) -> None:
         mapping.close()
 
 
-def _head(number: int, group: int, count: int, size: int, nbytes: int, index: bytes) -> bytes:
-    head = _HEAD.pack(_MAGIC, 0, number, group, count, size, nbytes, 0)
+def _head(wire: int, group: int, count: int, size: int, nbytes: int, number: int, index: bytes) -> bytes:
+    head = _HEAD.pack(_MAGIC, 0, wire, group, count, size, nbytes, number, 0)
     crc = zlib.crc32(index, zlib.crc32(head))
-    return _HEAD.pack(_MAGIC, 0, number, group, count, size, nbytes, crc)
+    return _HEAD.pack(_MAGIC, 0, wire, group, count, size, nbytes, number, crc)
 
 
 def _write_at(number: int, data: bytes | memoryview, position: int) -> int:

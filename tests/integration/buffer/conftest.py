@@ -19,7 +19,7 @@ import pytest
 import zmq
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import NameOID
 
 from nngstream.buffer import Buffer
@@ -284,9 +284,9 @@ class Authority:
         self.ca = folder / "ca.pem"
         self.ca.write_bytes(self._certificate.public_bytes(serialization.Encoding.PEM))
 
-    def member(self, name: str) -> dict[str, Path]:
+    def member(self, name: str, *, ed25519_key: bool = False) -> dict[str, Path]:
         """Options of a buffer (`certificate`, `key`, `ca`), and both in one file (`both`), as pynng wants it."""
-        key = ec.generate_private_key(ec.SECP256R1())
+        key = ed25519.Ed25519PrivateKey.generate() if ed25519_key else ec.generate_private_key(ec.SECP256R1())
         certificate = self._sign(name, key).public_bytes(serialization.Encoding.PEM)
         private = key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
@@ -297,7 +297,9 @@ class Authority:
             files[kind].write_bytes(data)
         return {**files, "ca": self.ca}
 
-    def _sign(self, name: str, key: ec.EllipticCurvePrivateKey, *, ca: bool = False) -> x509.Certificate:
+    def _sign(
+        self, name: str, key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey, *, ca: bool = False
+    ) -> x509.Certificate:
         now = datetime.datetime.now(datetime.UTC)
         names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
         return (

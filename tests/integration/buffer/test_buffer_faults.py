@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import struct
 import sys
 import threading
 import time
+import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pynng
 import pytest
 import zmq
+
+from nngstream.wire import sp as sp_wire
+from nngstream.wire import zmtp
 
 pytestmark = pytest.mark.integration
 
@@ -32,13 +38,13 @@ while True:
 """
 
 
-@pytest.mark.parametrize("size", [100, 1_000_000])
+@pytest.mark.parametrize("size", [100, 1_000_000, 20_000_000])
 def test_a_killed_producer_leaves_whole_messages_only(run_buffer, start, zmq_pull, collect, size):
     running = run_buffer(sentinel=1)
     collector = collect(zmq_pull(running.out).recv, sentinel=True)
     child = start(sys.executable, "-c", PRODUCER, running.inp, str(size))
     deadline = time.monotonic() + 20
-    while running.amounts()[0] < 50:
+    while running.amounts()[0] < (50 if size < 20_000_000 else 5):
         assert time.monotonic() < deadline, child.output()
         time.sleep(0.01)
     child.signal(9)
@@ -49,7 +55,7 @@ def test_a_killed_producer_leaves_whole_messages_only(run_buffer, start, zmq_pul
     assert len(messages) == running.amounts()[0]
 
 
-@pytest.mark.parametrize("size", [100, 4096, 1_000_000])
+@pytest.mark.parametrize("size", [100, 4096, 1_000_000, 12_000_000])
 def test_a_killed_consumer_costs_what_its_socket_held_and_nothing_comes_twice(
     run_buffer, start, zmq_push, zmq_pull, collect, wait_until, size
 ):
@@ -57,7 +63,7 @@ def test_a_killed_consumer_costs_what_its_socket_held_and_nothing_comes_twice(
     child = start(sys.executable, "-c", CONSUMER, running.out)
     wait_until(lambda: running.status()["consumers"] == 1, 10, "consumer")
     push = zmq_push(running.inp)
-    count = 400 if size < 1_000_000 else 60
+    count = 400 if size < 1_000_000 else 60 if size == 1_000_000 else 16
 
     def produce() -> None:
         for number in range(count):
@@ -84,6 +90,8 @@ def test_a_killed_consumer_costs_what_its_socket_held_and_nothing_comes_twice(
     assert (received, held) == (count, 0)
     assert sent + lost == count
     assert sent >= len(first) + len(second)
+    # One message of which some bytes were written, and what our socket held (the kernel doubles what it is asked for).
+    assert lost <= 1 + (3 * 65536) // size
     dead = next(
         peer for peer in running.status()["peers"] if peer["side"] == "out" and peer["ended"] != "end of stream"
     )
@@ -426,32 +434,52 @@ def test_what_lay_in_the_socket_of_a_dead_consumer_is_counted_at_that_peer(
     assert (dead["bytes"], dead["lost_bytes"]) == (10_000 * sent, 10_000 * lost)
 
 
-def test_thousands_of_connections_that_come_and_go_leave_nothing(
-    run_buffer, push_greeting, pull_greeting, zmq_pull, sp, wait_until
-):
-    running = run_buffer(producers=1500, sentinel=1)
-    ports = [int(url.rpartition(":")[2]) for url in (running.inp, running.out)]
-    wait_until(lambda: True)
-    threads, files, memory = threading.active_count(), _files(), _memory()
+#: What a visitor sends before it goes, and whether it waits for an answer. `{SP}` and `{READY}` say the right role.
+VISITS = [
+    (b"", False),
+    (b"garbage", False),
+    (b"\x00SP", False),
+    (b"{SP}", True),
+    (b"{SP}", False),
+    (zmtp.greeting()[:30], False),
+    (zmtp.greeting(), True),
+    (zmtp.greeting() + b"\x04\x29\x05REA", True),
+    (zmtp.greeting() + b"{READY}", True),
+]
 
-    def visit(number: int) -> None:
-        with socket.create_connection(("127.0.0.1", ports[number % 2])) as sock:
-            if number % 10 == 0:
-                sock.sendall(b"garbage")
-            elif number % 10 != 1:
-                sock.sendall(pull_greeting if number % 2 else push_greeting)
-                sock.recv(8)
-            if number % 10 == 2:
-                sock.sendall(sp(b"x" * 100)[:50])
 
-    for number in range(3000):
-        visit(number)
+def _visit(port: int, role: str, what: bytes, *, answered: bool, reset: bool) -> None:
+    what = what.replace(b"{SP}", sp_wire.greeting(sp_wire.PUSH if role == "PUSH" else sp_wire.PULL))
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as sock:
+        sock.sendall(what.replace(b"{READY}", zmtp.ready(role)))
+        if answered:
+            assert sock.recv(1)
+        if reset:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+@pytest.mark.timeout(300)
+def test_ten_thousand_connections_that_come_and_go_leave_nothing(run_buffer, wait_until):
+    count = 10_000
+    running = run_buffer(producers=count, sentinel=1)
+    ports = {role: int(url.rpartition(":")[2]) for role, url in (("PUSH", running.inp), ("PULL", running.out))}
+    threads, files = threading.active_count(), _files()
+    memory = 0
+    for number in range(count):
+        what, answered = VISITS[number // 4 % len(VISITS)]
+        role = "PUSH" if number % 2 else "PULL"
+        _visit(ports[role], role, what, answered=answered, reset=number % 4 > 1)
+        if number == 500:  # code and caches are there now
+            wait_until(lambda: threading.active_count() == threads, 20, "end of all threads")
+            memory = _memory()
     wait_until(lambda: threading.active_count() == threads, 20, "end of all threads")
     wait_until(lambda: _files() == files, 20, "closing of all files")
-    assert _memory() - memory < 30 << 20
+    assert _memory() - memory < 20 << 20
     status = running.status()
     assert status["producers"] == status["consumers"] == 0
-    assert status["producers_seen"] == 1200
+    # Of nine kinds, three say all of who they are; a reset may overtake one of them, before it was looked at.
+    assert count / 2 * 2 / 9 * 0.4 < status["producers_seen"] < count / 2 * 3 / 9 * 1.1
+    assert status["refused"] > count / 9
     assert len(status["peers"]) <= 200
 
 
@@ -465,23 +493,36 @@ def _memory() -> int:
 
 @pytest.mark.soak
 @pytest.mark.skipif("LCLSTREAM_SOAK" not in os.environ, reason="ten minutes: set LCLSTREAM_SOAK=1")
-@pytest.mark.timeout(900)
-def test_ten_minutes_at_full_rate_keep_the_memory_flat(start, tmp_path):
+@pytest.mark.timeout(1200)
+def test_ten_minutes_at_full_rate_keep_the_memory_flat(start, tmp_path, wait_until):
+    capacity, seconds = 256 << 20, float(os.environ.get("LCLSTREAM_SOAK_SECONDS", "600"))
     child = start(
-        "nngstream", "--in", f"ipc://{tmp_path}/in", "--out", f"ipc://{tmp_path}/out", "--capacity", "256MiB",
+        "nngstream", "--in", f"ipc://{tmp_path}/in", "--out", f"ipc://{tmp_path}/out", "--capacity", str(capacity),
         "--status", "http://127.0.0.1:0",
     )  # fmt: skip
     child.wait_for_output("status http")
-    for name, code in (
-        ("producer", PRODUCER),
-        ("consumer", CONSUMER.replace("print(int(message[:12]), flush=True)", "pass")),
-    ):
-        start(sys.executable, "-c", code, f"ipc://{tmp_path}/{'in' if name == 'producer' else 'out'}", "1000000")
+    url = next(line.split()[1] for line in child.output().splitlines() if line.startswith("status http"))
+
+    def status() -> dict[str, Any]:
+        with urllib.request.urlopen(url + "/status", timeout=20) as answer:
+            return dict(json.load(answer))
+
+    # All memory is touched once before anything is measured: messages of three sizes fill it while nobody takes them.
+    for size in ("1000", "100000", "3000000"):
+        start(sys.executable, "-c", PRODUCER, f"ipc://{tmp_path}/in", size)
+    wait_until(lambda: status()["producers_waiting"] == 3, 60, "a full buffer")
+    start(
+        sys.executable, "-c", CONSUMER.replace("print(int(message[:12]), flush=True)", "pass"), f"ipc://{tmp_path}/out"
+    )
+    before = status()["sent"]["bytes"]
     sizes = []
-    deadline = time.monotonic() + 600
-    while time.monotonic() < deadline:
-        time.sleep(10)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(seconds / 60)
         pages = int(Path(f"/proc/{child.pid}/statm").read_text().split()[1])
         sizes.append(pages * os.sysconf("SC_PAGE_SIZE"))
-    assert max(sizes) < (256 << 20) + (100 << 20)
-    assert sizes[-1] - sizes[len(sizes) // 3] < 10 << 20
+    last = status()
+    print(f"{(last['sent']['bytes'] - before) / seconds / 1e9:.2f} GB/s; MiB {[size >> 20 for size in sizes]}")
+    assert last["lost"] == {"messages": 0, "bytes": 0}
+    assert max(sizes) < capacity + (80 << 20), "the capacity, and a constant for the program and its connections"
+    assert max(sizes[-20:]) - max(sizes[:20]) < 8 << 20, "no more in the last third than in the first"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 import threading
 from collections import Counter
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 import pynng
 import pytest
 import zmq
+
+from nngstream.wire import sp, zmtp
 
 pytestmark = pytest.mark.integration
 
@@ -211,3 +214,37 @@ def test_a_burst_of_small_messages_is_shared(run_buffer, raw, sp, push_greeting,
         while pull.recv():
             count += 1
         assert count >= 20
+
+
+@pytest.mark.soak
+@pytest.mark.skipif("LCLSTREAM_SOAK" not in os.environ, reason="takes 5 GiB of memory: set LCLSTREAM_SOAK=1")
+def test_a_message_of_more_than_4_gib_passes_from_one_protocol_to_the_other(run_buffer, raw, push_greeting):
+    size, block = (1 << 32) + 1_000_000, bytes(range(250)) * 4000
+    running = run_buffer(capacity="5GiB", silence=60)
+    producer = raw(running.inp, push_greeting)
+    consumer = raw(running.out)
+    consumer.sendall(zmtp.greeting() + zmtp.ready("PULL"))
+
+    def produce() -> None:
+        producer.sendall(sp.SP.header(size))
+        sent = 0
+        while sent < size:
+            at = sent % len(block)
+            sent += producer.send(memoryview(block)[at : at + size - sent])
+        producer.close()
+
+    thread = threading.Thread(target=produce)
+    thread.start()
+    assert consumer.recv(zmtp.GREETING_SIZE, socket.MSG_WAITALL)[:1] == b"\xff"
+    assert len(consumer.recv(consumer.recv(2, socket.MSG_WAITALL)[1], socket.MSG_WAITALL)) > 5  # READY
+    consumer.settimeout(60)
+    assert consumer.recv(9, socket.MSG_WAITALL) == zmtp.ZMTP.header(size, False)
+    total, last = 0, b""
+    while data := consumer.recv(len(block)):
+        total, last = total + len(data), last[-1000:] + data
+    assert total == size
+    end = (size - 1000) % len(block)
+    assert last[-1000:] == (2 * block)[end : end + 1000]
+    thread.join(10)
+    assert running.wait() == "done"
+    assert running.status()["sent"] == {"messages": 1, "bytes": size}

@@ -12,6 +12,8 @@ import urllib.request
 import pytest
 import zmq
 
+from nngstream.spill import RECORD
+
 pytestmark = pytest.mark.integration
 
 
@@ -105,31 +107,33 @@ def _start(start, folder, *words):
     return child, dict(line.split() for line in child.output().splitlines() if len(line.split()) == 2)
 
 
-def test_what_was_on_disk_survives_a_crash_of_the_buffer(start, zmq_push, zmq_pull, tmp_path, wait_until):
+@pytest.mark.parametrize(("count", "size"), [(60_000, 100), (300, 100_000), (24, 4_000_000)])
+def test_what_was_on_disk_survives_a_crash_of_the_buffer(start, zmq_push, zmq_pull, tmp_path, wait_until, count, size):
     child, urls = _start(start, tmp_path / "s")
     push = zmq_push(urls["in"])
-    for number in range(300):
-        push.send(b"%012d" % number + bytes(100_000))
-    wait_until(lambda: _status(urls["status"])["memory_bytes"] == 0 or _status(urls["status"])["disk_bytes"] > 3e7, 15)
-    wait_until(lambda: _status(urls["status"])["received"]["messages"] == 300, 15, "all messages")
-    wait_until(lambda: _status(urls["status"])["disk_bytes"] > 300 * 100_000, 15, "all on disk")
+    for number in range(count):
+        push.send(b"%012d" % number + bytes(size))
+    wait_until(lambda: _status(urls["status"])["received"]["messages"] == count, 20, "all messages")
+    wait_until(lambda: _status(urls["status"])["disk_bytes"] > count * size, 20, "all on disk")
     pull = zmq_pull(urls["out"])
-    first = [int(pull.recv()[:12]) for _ in range(100)]
+    first = [int(pull.recv()[:12]) for _ in range(count // 3)]
     child.signal(signal.SIGKILL)
     child.process.wait(10)
     pull.close()
     push.close()
     again, urls = _start(start, tmp_path / "s", "--producers", "0", "--sentinel", "1")
-    assert _status(urls["status"])["recovered_messages"] <= 200 + 30, "what was given away is not offered again"
+    recovered = _status(urls["status"])["recovered_messages"]
     pull = zmq_pull(urls["out"])
     second = []
     while message := pull.recv():
+        assert len(message) == 12 + size
         second.append(int(message[:12]))
-    assert second == list(range(second[0], 300))
-    assert second[0] > 0
+    assert first == list(range(count // 3))
+    assert second == list(range(count - recovered, count)), "all that was not given away, in order"
     # libzmq had received more than the first program took: those died with it.
-    assert first == list(range(100))
-    assert again.wait(10) == 0
+    assert 0 < second[0] <= count - 1
+    assert first[-1] + 1 - second[0] <= max(1, RECORD // size), "what comes twice is one record"
+    assert again.wait(20) == 0
     assert _segments(tmp_path / "s") == []
 
 

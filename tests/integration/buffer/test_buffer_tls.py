@@ -71,6 +71,15 @@ def test_libnng_with_mbed_tls_on_both_sides(run_buffer, nng, collect, authority,
     assert {peer["subject"] for peer in running.status()["peers"]} == {"peer"}
 
 
+def test_a_certificate_that_libnng_cannot_use_is_explained(run_buffer, nng, authority, wait_until):
+    running = run_buffer(**TLS_ENDS, **_options(authority.member("ed", ed25519_key=True)))
+    push = nng(pynng.Push0, tls_config=_pynng_tls(authority.member("peer")))
+    with pytest.raises(pynng.exceptions.NNGException):
+        push.dial(running.inp.replace("127.0.0.1", "localhost"), block=True)
+    wait_until(lambda: running.status()["refused"] > 0, 10, "the refusal")
+    assert "a certificate with a P-256 key" in running.status()["last_refusal"]
+
+
 def test_stacked_buffers_speak_tls_to_each_other(run_buffer, authority, zmq_push, zmq_pull, collect):
     options = _options(authority.member("buffer"))
     last = run_buffer(**{"in": TLS_ENDS["in"]}, **options, sentinel=1)
