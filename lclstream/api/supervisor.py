@@ -32,8 +32,9 @@ T = TypeVar("T")
 _DATABASE_THREADS = 4
 #: How often old transfers are forgotten, in seconds.
 _PRUNE_S = 3600.0
-#: Seconds between the transfers that go on after a start: all at once they would keep the first requests waiting.
-_RESUME_S = 0.01
+#: Transfers that go on at once after a start, and seconds between the others: hundreds at the same moment would keep the
+#: first requests waiting.
+_AT_ONCE, _RESUME_S = 8, 0.01
 #: Seconds until a driver that died of a programming error is started again.
 _RESTART_S = 5.0
 
@@ -64,12 +65,14 @@ class Supervisor:
         self._loop = asyncio.get_running_loop()
         self._pruning = asyncio.create_task(self._prune(), name="transfers-prune")
         waiting = await self.in_thread(self._store.unreleased)
-        self._resuming = asyncio.create_task(self._resume(waiting), name="transfers-resume")
+        if waiting:
+            log.info("%d transfers go on where they were", len(waiting))
+        for transfer in waiting[:_AT_ONCE]:
+            self._watch(transfer)
+        self._resuming = asyncio.create_task(self._resume(waiting[_AT_ONCE:]), name="transfers-resume")
         return self
 
     async def _resume(self, waiting: Sequence[int]) -> None:
-        if waiting:
-            log.info("%d transfers go on where they were", len(waiting))
         for transfer in waiting:
             self._watch(transfer)
             await asyncio.sleep(_RESUME_S)
