@@ -32,8 +32,8 @@ T = TypeVar("T")
 _DATABASE_THREADS = 4
 #: How often old transfers are forgotten, in seconds.
 _PRUNE_S = 3600.0
-#: Transfers that go on at once after a start, and seconds between the others: hundreds at the same moment would keep the
-#: first requests waiting.
+#: Transfers that go on at once after a start, and seconds between the others: hundreds at the same moment would keep
+#: the first requests waiting.
 _AT_ONCE, _RESUME_S = 8, 0.01
 #: Seconds until a driver that died of a programming error is started again.
 _RESTART_S = 5.0
