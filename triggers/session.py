@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -57,7 +58,7 @@ class SessionEndTrigger(PsikJobTrigger):
         return self._clients()
 
     @contextlib.asynccontextmanager
-    async def _clients(self) -> Any:
+    async def _clients(self) -> AsyncIterator[AsyncJobClient]:
         async with contextlib.AsyncExitStack() as stack:
             if self.tag:
                 logbook = await ElogHook(self.elog_conn_id).get_async_conn()
