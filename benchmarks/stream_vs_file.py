@@ -122,7 +122,8 @@ def pool() -> NDArray[np.uint16]:
     """Sparse frames of an electron detector: noise, and a few electrons."""
     random = np.random.default_rng(4)
     frames = random.normal(20, 6, (POOL, *FRAME)).clip(0) + 150 * (random.random((POOL, *FRAME)) < 0.002)
-    return frames.astype(np.uint16)
+    whole: NDArray[np.uint16] = frames.astype(np.uint16)
+    return whole
 
 
 # -------------------------------------------------------------------------------------------------------------- engine
