@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
 SOAK = "LCLSTREAM_SOAK" in os.environ
-DAG = "stream_run"
+DAG = "backfill_run"
 ANALYSIS = """#!/usr/bin/env python3
 import json, os
 from lclstream.client import pull

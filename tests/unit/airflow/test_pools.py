@@ -5,13 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 from airflow.dag_processing.dagbag import DagBag
+from airflow.jobs.job import Job
 from airflow.models.pool import Pool
 from airflow.utils.session import create_session
 
-from lclstream_airflow.pools import POOLS, on_starting
+from lclstream_airflow.pools import POOLS
 from lclstream_airflow.sensors.polling import PollingSensor
 
 DAGS = Path(__file__).resolve().parents[3] / "dags"
@@ -22,22 +22,21 @@ def pools() -> dict[str, tuple[int, bool]]:
         return {pool.pool: (pool.slots, pool.include_deferred) for pool in Pool.get_pools(session=session)}
 
 
-def test_a_starting_scheduler_makes_missing_pools_and_changes_none() -> None:
+def test_a_starting_airflow_makes_missing_pools_and_changes_none() -> None:
     names = {pool.name for pool in POOLS}
     with create_session() as session:
         for pool in Pool.get_pools(session=session):
             if pool.pool in names:
                 session.delete(pool)
-    on_starting(component=SimpleNamespace(job_type="TriggererJob"))
-    assert not names & pools().keys()
-    on_starting(component=SimpleNamespace(job_type="SchedulerJob"))
+    # Airflow itself asks: this is what each of its parts makes first.
+    Job()
     made = pools()
     assert {name: made[name] for name in names} == {pool.name: (pool.slots, True) for pool in POOLS}
     with create_session() as session:
         Pool.create_or_update_pool(
             "lclstream_streams", slots=3, description="ours", include_deferred=True, session=session
         )
-    on_starting(component=SimpleNamespace(job_type="SchedulerJob"))
+    Job()
     assert pools()["lclstream_streams"] == (3, True)
 
 
