@@ -67,7 +67,13 @@ with DAG(
     tags=["lclstream", "stream", "session"],
     max_active_runs=4,
     dagrun_timeout=timedelta(days=8),
-    default_args={"owner": "lclstream", "retries": 2, "retry_delay": timedelta(seconds=10)},
+    default_args={
+        "owner": "lclstream",
+        "retries": 2,
+        "retry_delay": timedelta(seconds=10),
+        # Otherwise a task that asks for nodes would come before the one that keeps them.
+        "weight_rule": "absolute",
+    },
     params={
         "experiment": Param(type="string", minLength=1, description="the experiment's name"),
         "parameters": Param(**PARAMETERS),
@@ -97,6 +103,7 @@ with DAG(
         tag="{{ params.parameters.end_tag | default('') }}",
         lease_s=LEASE_S,
         pool="lclstream_nodes",
+        priority_weight=100,
         psik_conn_id=PSIK,
         elog_conn_id=ELOG,
     )

@@ -45,7 +45,7 @@ def test_every_pool_of_a_dag_is_made_and_whoever_keeps_a_stream_comes_before_a_n
     for dag in DagBag(dag_folder=str(DAGS)).dags.values():
         for task in dag.tasks:
             assert task.pool in known, f"{dag.dag_id}.{task.task_id}: {task.pool}"
-            if task.pool in ("lclstream_streams", "lclstream_archive") and isinstance(task, PollingSensor):
+            if task.pool != "default_pool" and isinstance(task, PollingSensor):
                 # Without `absolute` the weights of all later tasks are added, and the first task comes first.
                 assert task.weight_rule == "absolute", f"{dag.dag_id}.{task.task_id}"
                 assert task.priority_weight > 1, f"{dag.dag_id}.{task.task_id}"
