@@ -122,7 +122,8 @@ with DAG(
         comment=(
             f"Streaming session {SESSION}: "
             "{{ ti.xcom_pull(task_ids='release', key='result')['acquisitions'] }} acquisitions analysed; "
-            "ended by {{ ti.xcom_pull(task_ids='hold')['ended_by'] }}. ({{ run_id }})"
+            # A task that was marked has no result.
+            "ended by {{ (ti.xcom_pull(task_ids='hold') or {'ended_by': 'hand'})['ended_by'] }}. ({{ run_id }})"
         ),
         comment_title="Streaming session",
         elog_conn_id=ELOG,
