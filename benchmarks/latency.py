@@ -166,7 +166,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Start everything, start runs, and read what happened when."""
     with ExitStack() as stack:
         dags = folder / "dags"
-        dags.mkdir(parents=True)
+        dags.mkdir(parents=True, exist_ok=True)
         (dags / "probe.py").write_text(_DAG)
         shutil.copy(_DAGS / f"{STREAM}.py", dags)
         environment = {"AIRFLOW__CORE__DAGS_FOLDER": str(dags)}
