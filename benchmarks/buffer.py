@@ -196,7 +196,7 @@ def highest_clean_rate(options: argparse.Namespace, size: int) -> dict[str, Any]
     with running(command, None) as (inp, out, process):
         most = throughput((inp, out), process, size, (1, 1), options.seconds, None)[0]
     trial: dict[str, Any] = {"clean": False}
-    for percent in range(100, 0, -10):
+    for percent in range(90, 0, -10):
         rate = most * 1e9 / size * percent / 100
         for seconds in (min(5.0, options.sustained), options.sustained):
             with running(f"{command} --grace 3600", None) as (inp, out, _):
