@@ -15,13 +15,14 @@ It runs every 15 minutes once it is switched on (it is made paused). By hand: **
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from airflow.sdk import DAG, Param
 
 from lclstream_airflow.operators.elog import ElogOperator
 from lclstream_airflow.operators.reconcile import ReconcileOperator
 
-CONNECTIONS = {"type": "array", "items": {"type": "string"}}
+CONNECTIONS: dict[str, Any] = {"type": "array", "items": {"type": "string"}}
 
 with DAG(
     dag_id="reconcile",
@@ -47,7 +48,7 @@ with DAG(
         task_id="end_orphans",
         lclstream_conn_ids="{{ params.lclstream_conn_ids | join(',') }}",
         psik_conn_ids="{{ params.psik_conn_ids | join(',') }}",
-        dry_run="{{ params.dry_run }}",
+        report_only="{{ params.dry_run }}",
     )
 
     tell_logbook = ElogOperator(

@@ -40,7 +40,6 @@ from lclstream_airflow.triggers.polling import OnKill
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
-    from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
 
 #: States in which a task wants nothing any more.
 _TASK_OVER = frozenset({"failed", "skipped", "upstream_failed", "removed"})
@@ -112,11 +111,11 @@ class ReconcileOperator(BaseOperator):
 
     :param lclstream_conn_ids: connections of transfer services, as a list or separated by commas
     :param psik_conn_ids: connections of job services, likewise
-    :param dry_run: say what would be ended, and end nothing
+    :param report_only: say what would be ended, and end nothing
     :param second_look_s: pause before the second look, in seconds
     """
 
-    template_fields: Sequence[str] = ("lclstream_conn_ids", "psik_conn_ids", "dry_run")
+    template_fields: Sequence[str] = ("lclstream_conn_ids", "psik_conn_ids", "report_only")
     ui_color = "#f6dcd8"
 
     def __init__(
@@ -124,14 +123,14 @@ class ReconcileOperator(BaseOperator):
         *,
         lclstream_conn_ids: Sequence[str] | str = (LCLStreamHook.default_conn_name,),
         psik_conn_ids: Sequence[str] | str = (PsikHook.default_conn_name,),
-        dry_run: bool | str = False,
+        report_only: bool | str = False,
         second_look_s: float = 10.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.lclstream_conn_ids = lclstream_conn_ids
         self.psik_conn_ids = psik_conn_ids
-        self.dry_run = dry_run
+        self.report_only = report_only
         self.second_look_s = second_look_s
 
     def execute(self, context: Context) -> dict[str, Any]:
@@ -160,7 +159,7 @@ class ReconcileOperator(BaseOperator):
         self.log.info("%s", report or f"No orphans among {len(work)} transfers and jobs under way")
         ti.xcom_push(key="ended", value=sum(how == _ENDED for how in done.values()))
         ti.xcom_push(key="report", value=report)
-        failed = [one.id for one, how in done.items() if how != _ENDED and not self._dry()]
+        failed = [one.id for one, how in done.items() if how != _ENDED and not self._only_reports()]
         if away or failed:
             raise AirflowException(
                 f"connections that could not be asked: {', '.join(away) or 'none'}; orphans that could not be ended: "
@@ -183,8 +182,8 @@ class ReconcileOperator(BaseOperator):
             ],
         }
 
-    def _dry(self) -> bool:
-        return self.dry_run is True or str(self.dry_run).strip().lower() in ("true", "1", "yes")
+    def _only_reports(self) -> bool:
+        return self.report_only is True or str(self.report_only).strip().lower() in ("true", "1", "yes")
 
     def _under_way(self, tags: Mapping[str, str]) -> tuple[list[Work], list[str]]:
         """What is under way, and the connections that could not be asked."""
@@ -206,7 +205,7 @@ class ReconcileOperator(BaseOperator):
             yield from ((kind, name.strip()) for name in names if name.strip())
 
     @staticmethod
-    def _judge(ti: RuntimeTaskInstance, work: Work) -> Verdict:
+    def _judge(ti: Any, work: Work) -> Verdict:
         dag_id, run_id = work.tags["dag_id"], work.tags.get("run_id", "")
         task_id, index = work.tags.get("task_id", ""), work.tags.get("map_index")
         states = ti.get_task_states(dag_id, task_ids=[task_id], run_ids=[run_id]).get(run_id) or {}
@@ -221,8 +220,8 @@ class ReconcileOperator(BaseOperator):
 
     def _end(self, work: Work) -> str:
         """What became of it, in words."""
-        if self._dry():
-            return "not ended (dry run)"
+        if self._only_reports():
+            return "not ended: only a report was wanted"
         try:
             insist(partial(_cancel, work), limit_s=START_PATIENCE_S)
         except PeerError as error:

@@ -101,7 +101,7 @@ def test_orphans_are_ended_and_the_rest_is_left_alone(transfers: Any, jobs: JobC
     while jobs.state(started["ended"]) is not JobState.completed:
         time.sleep(0.05)
     try:
-        seen = reconciled(airflow, dry_run="True")
+        seen = reconciled(airflow, report_only="True")
         assert [orphan["ended"] for orphan in seen["orphans"]] == [False] * 4
         assert airflow.xcoms["ended"] == 0
         assert [one.phase.final for one in transfers.transfers.values()] == [False, False, False]
