@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 
@@ -68,6 +69,7 @@ class Engine:
         self._failed: list[HandlerError] = []
         self._broken: set[Handler] = set()
         self._handling_s = 0.0
+        self._unsized: deque[Message] = deque()
         self.counters.refresh = self._refresh
 
     def _make_serializer(self) -> Serializer:
@@ -141,6 +143,7 @@ class Engine:
         finally:
             self.counters.seconds = time.monotonic() - began
         self._close(drain=True)
+        self._count_sizes()
         self.counters.seconds = time.monotonic() - began
         self.counters.pipelines = self._chain.report()
         if self._failed:
@@ -200,9 +203,15 @@ class Engine:
                     self._hand_over(handler, message)
             message.release()
             self.counters.messages += 1
-            self.counters.nbytes += message.nbytes
+            self._unsized.append(message)
+            self._count_sizes()
             self._handling_s += time.perf_counter() - began
             self._refresh()
+
+    def _count_sizes(self) -> None:
+        """Count the bytes of messages, once their parts are ready."""
+        while self._unsized and self._unsized[0].ready:
+            self.counters.nbytes += self._unsized.popleft().nbytes
 
     def _refresh(self) -> None:
         """Bring the waiting time up to date; called by the progress thread as well, while the main thread waits."""

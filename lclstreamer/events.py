@@ -68,25 +68,72 @@ class Message:
 
     The buffers stay as they are until every holder has called :meth:`release`; then their memory may be used again.
     Whoever passes a message on calls :meth:`hold` once for each receiver. Safe to use from several threads.
+
+    Args:
+        parts: the buffers; or a function that gives them once what they are made of is ready, called in the thread that
+            asks first.
+        events: how many are in it.
+        sequence: number of the message on its rank.
+        on_release: called when the last holder has released the message.
     """
 
-    __slots__ = ("_holders", "_lock", "_on_release", "events", "nbytes", "parts", "sequence")
+    __slots__ = ("_holders", "_later", "_lock", "_making", "_nbytes", "_on_release", "_parts", "events", "sequence")
 
     def __init__(
         self,
-        parts: Iterable[Buffer],
+        parts: Iterable[Buffer] | Callable[[], Iterable[Buffer]],
         *,
         events: int,
         sequence: int = 0,
         on_release: Callable[[], None] | None = None,
     ) -> None:
-        self.parts: tuple[memoryview, ...] = tuple(memoryview(part).cast("B") for part in parts)
-        self.nbytes = sum(part.nbytes for part in self.parts)
+        self._parts: tuple[memoryview, ...] = ()
+        self._nbytes = 0
+        self._later: Callable[[], Iterable[Buffer]] | None = None
+        if callable(parts):
+            self._later = parts
+        else:
+            self._set(parts)
         self.events = events
         self.sequence = sequence
         self._holders = 1
         self._lock = threading.Lock()
+        # Not the lock above: holding and releasing must not wait until the parts are made.
+        self._making = threading.Lock()
         self._on_release = on_release
+
+    def _set(self, parts: Iterable[Buffer]) -> None:
+        self._parts = tuple(memoryview(part).cast("B") for part in parts)
+        self._nbytes = sum(part.nbytes for part in self._parts)
+
+    def _make(self) -> None:
+        with self._making:
+            if self._later is not None:
+                self._set(self._later())
+                self._later = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether its parts have been made."""
+        return self._later is None
+
+    @property
+    def parts(self) -> tuple[memoryview, ...]:
+        """The buffers; waits until they are ready.
+
+        Raises:
+            ComponentError: they could not be made.
+        """
+        if self._later is not None:
+            self._make()
+        return self._parts
+
+    @property
+    def nbytes(self) -> int:
+        """Length of all buffers; waits as :attr:`parts` does."""
+        if self._later is not None:
+            self._make()
+        return self._nbytes
 
     def hold(self) -> None:
         """One more holder."""

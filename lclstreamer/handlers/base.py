@@ -9,7 +9,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-from lclstreamer.errors import HandlerError
+from lclstreamer.errors import ComponentError, HandlerError
 from lclstreamer.events import Message
 
 _POLL_S = 0.1
@@ -128,7 +128,19 @@ class MessageQueue:
             self._changed.notify_all()
 
     def take(self, timeout: float = _POLL_S) -> Message | None:
-        """The next message, `None` when none came in time."""
+        """The next message with its parts ready, `None` when none came in time or it could not be made."""
+        message = self._next(timeout)
+        if message is not None and not message.ready:
+            try:
+                # Here and not in the main thread, which goes on with the next events meanwhile.
+                message.parts  # noqa: B018 - asking makes them
+            except ComponentError as error:
+                self.fail(HandlerError(str(error)))
+                self.done(message)
+                return None
+        return message
+
+    def _next(self, timeout: float) -> Message | None:
         with self._changed:
             if not self._waiting:
                 self._changed.wait(timeout)

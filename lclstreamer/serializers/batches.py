@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future, wait
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lclstreamer.errors import ComponentError
 from lclstreamer.events import Buffer, Event, Message, Ragged, RunInfo
 from lclstreamer.serializers.codecs import ChunkCodec
 from lclstreamer.serializers.layout import NO_ADDRESS, Layout, row_size, write_end
@@ -204,13 +205,34 @@ class Batch:
         return self.rows[path][row]
 
     def message(self, sequence: int) -> Message:
-        """The finished message; the slot comes back when it has been released."""
+        """The message; its parts are ready when all chunks are compressed, the slot comes back when it is released."""
+        running = [chunk for chunks in self.chunks.values() for chunk in chunks if isinstance(chunk, Future)]
+        give_back = self.ring.giver(self.slot)
+        if not running:
+            return Message(self._parts(sequence), events=self.count, sequence=sequence, on_release=give_back)
+
+        def release() -> None:
+            # A message nobody wanted any more: its memory must not be used again while chunks are written to it.
+            wait(running)
+            give_back()
+
+        return Message(lambda: self._parts(sequence), events=self.count, sequence=sequence, on_release=release)
+
+    def _parts(self, sequence: int) -> list[Buffer]:
+        """The buffers of the message, with the places and sizes of what follows the image written into it.
+
+        Raises:
+            ComponentError: compressing failed.
+        """
         layout, memory = self.layout, self.slot.memory
         parts: list[Buffer] = [memory[: layout.size]]
         end = layout.size
         for path, places in layout.packed.items():
             for (size_at, address_at), chunk in zip(places, self.chunks[path], strict=True):
-                content = chunk.result() if isinstance(chunk, Future) else chunk
+                try:
+                    content = chunk.result() if isinstance(chunk, Future) else chunk
+                except (Exception, CancelledError) as error:
+                    raise ComponentError(f"data_serializer.compression: compressing {path} failed: {error}") from error
                 struct.pack_into("<I", memory, size_at, len(content))
                 struct.pack_into("<Q", memory, address_at, end)
                 parts.append(content)
@@ -225,7 +247,7 @@ class Batch:
             end += len(content)
         struct.pack_into("<q", memory, layout.sequence_at, sequence)
         write_end(memory, end)
-        return Message(parts, events=self.count, sequence=sequence, on_release=self.ring.giver(self.slot))
+        return parts
 
 
 def _places(owner: Owner, layout: Layout) -> tuple[dict[str, tuple[int, ...]], int]:

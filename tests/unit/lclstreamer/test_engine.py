@@ -16,6 +16,7 @@ from lclstreamer.errors import HandlerError
 from lclstreamer.events import Event, Message
 from lclstreamer.handlers.base import Handler
 from lclstreamer.progress import Counters, size, total
+from lclstreamer.serializers.codecs import BitshuffleCodec
 from lclstreamer.sources.base import EventSource
 
 
@@ -162,3 +163,17 @@ def test_counters_of_ranks_add_up() -> None:
 @pytest.mark.parametrize(("count", "text"), [(5, "5 B"), (1500, "1.50 kB"), (2.5e6, "2.50 MB"), (3e12, "3.00 TB")])
 def test_sizes_are_written_for_people(count: float, text: str) -> None:
     assert size(count) == text
+
+
+def test_a_codec_that_fails_ends_the_run_with_its_error(
+    internal: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("bitshuffle failed with code -80")
+
+    monkeypatch.setattr(BitshuffleCodec, "encode", fail)
+    internal["data_sources"]["random"]["array_shape"] = "100,100"
+    internal["data_serializer"]["compression"] = "bitshuffle_with_lz4"
+    with pytest.raises(HandlerError, match="compressing /data/random failed: bitshuffle failed"):
+        run(internal, tmp_path)
+    assert not list(tmp_path.glob("*.h5"))

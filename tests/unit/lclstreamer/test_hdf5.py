@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import h5py
@@ -18,6 +19,7 @@ from lclstreamer import models
 from lclstreamer.errors import ComponentError
 from lclstreamer.events import Channels, Event, Message, Ragged, RunInfo
 from lclstreamer.serializers.base import SerializerContext
+from lclstreamer.serializers.codecs import BitshuffleCodec
 from lclstreamer.serializers.hdf5 import HDF5BinarySerializer
 from lclstreamer.serializers.slots import SlotRing
 
@@ -180,6 +182,67 @@ def test_an_event_may_be_reused_after_it_was_added(datasets: Callable[[bytes], d
         assert not list(writer.add(Event({"a": scratch}, number)))
     (message,) = writer.end_batch()
     assert datasets(bytes(message))["/a"][:, 0].tolist() == [0, 1, 2]
+
+
+@pytest.fixture
+def slow_codec(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Compressing waits until the event is set."""
+    go, encode = threading.Event(), BitshuffleCodec.encode
+
+    def wait_then_encode(self: BitshuffleCodec, *arguments: Any) -> Any:
+        assert go.wait(30)
+        return encode(self, *arguments)
+
+    monkeypatch.setattr(BitshuffleCodec, "encode", wait_then_encode)
+    return go
+
+
+def test_the_next_batch_begins_while_the_last_one_is_compressed(
+    slow_codec: threading.Event, datasets: Callable[[bytes], dict[str, Any]]
+) -> None:
+    writer = serializer({"a": "/a"}, "bitshuffle_with_lz4")
+    writer.context = replace(writer.context, batch_size=2)
+    values = np.arange(40_000, dtype=np.uint16).reshape(4, 100, 100)
+    made = []
+    for number in (0, 2):
+        writer.add(Event({"a": values[number]}, number))
+        writer.add(Event({"a": values[number + 1]}, number + 1))
+        made += writer.end_batch()
+    assert [message.ready for message in made] == [False, False]
+    slow_codec.set()
+    assert [datasets(bytes(message))["/a"].tolist() for message in made] == [values[:2].tolist(), values[2:].tolist()]
+    assert [message.ready for message in made] == [True, True]
+    writer.close()
+
+
+def test_memory_that_is_being_compressed_into_is_not_used_again(slow_codec: threading.Event) -> None:
+    writer = serializer({"a": "/a"}, "bitshuffle_with_lz4")
+    writer.context = replace(writer.context, batch_size=1)
+    writer.ring = SlotRing(1, threading.Event())
+    writer.add(Event({"a": np.ones((100, 100))}, 0))
+    (message,) = writer.end_batch()
+    nobody_wants_it = threading.Thread(target=message.release)
+    nobody_wants_it.start()
+    nobody_wants_it.join(0.2)
+    assert nobody_wants_it.is_alive()
+    slow_codec.set()
+    nobody_wants_it.join(30)
+    writer.add(Event({"a": np.ones((100, 100))}, 1))
+    assert writer.ring.waited_s == 0
+    writer.close()
+
+
+def test_compressing_that_fails_is_an_error_that_names_the_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("bitshuffle failed with code -80")
+
+    monkeypatch.setattr(BitshuffleCodec, "encode", fail)
+    writer = serializer({"a": "/data/a"}, "bitshuffle_with_lz4")
+    writer.add(Event({"a": np.ones((100, 100))}, 0))
+    (message,) = writer.end_batch()
+    with pytest.raises(ComponentError, match="compressing /data/a failed: bitshuffle failed with code -80"):
+        bytes(message)
+    writer.close()
 
 
 def test_no_events_make_no_message() -> None:
