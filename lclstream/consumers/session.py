@@ -91,8 +91,13 @@ class Session:
     def _begin(self, name: str) -> None:
         try:
             letter = json.loads((self._inbox / f"{name}.json").read_bytes())
-        except ValueError:
-            # Half written: the rest comes soon.
+        except ValueError as error:
+            # Half written: the rest comes soon, unless everything has come.
+            if (self._inbox / "end").exists():
+                self._seen.add(name)
+                print(f"{name}: cannot be read: {error}", flush=True)
+                self.ended["failed"] += 1
+                _write(self._outbox / f"{name}.json", {"state": "failed", "exit_code": None, "result": {}})
             return
         self._seen.add(name)
         if (self._outbox / f"{name}.json").exists():
@@ -181,7 +186,7 @@ def command(
         signal.signal(number, stop)
     try:
         session.run()
-    except FileNotFoundError as error:
+    except OSError as error:
         typer.echo(f"{words[0]}: cannot be started: {error}", err=True)
         raise typer.Exit(2) from error
     if received:

@@ -44,15 +44,24 @@ def test_streams_are_analysed_as_they_come_until_the_end_is_asked_for(
     wait_until((box / "outbox" / "r0003.json").exists, 20, "its end")
     (inbox / "half.json").write_text('{"run": 4, "url": "tcp://a:4"}')
     wait_until((box / "outbox" / "half.json").exists, 20, "the fourth answer")
+    (inbox / "broken.json").write_text("{")
     (inbox / "end").touch()
     assert session.wait(20) == 0, session.output()
     assert answer(box, "r0001") == {"state": "done", "exit_code": 0, "result": {"run": "1", "url": "tcp://a:1"}}
     assert answer(box, "r0002") == {"state": "failed", "exit_code": 3, "result": {}}
     assert answer(box, "r0003")["state"] == "cancelled"
+    assert answer(box, "broken")["state"] == "failed"
     assert answer(box, "half")["result"] == {"run": "4", "url": "tcp://a:4"}
     assert json.loads((box / "result.json").read_text()) == {
-        "acquisitions": 4, "done": 2, "failed": 1, "cancelled": 1,
+        "acquisitions": 5, "done": 2, "failed": 2, "cancelled": 1,
     }  # fmt: skip
+
+
+def test_a_command_that_is_not_there_is_told(tmp_path: Path, start: Callable[..., Any]) -> None:
+    put(tmp_path / "inbox", "r0001", run="1")
+    session = start("lclstream", "session", "--folder", tmp_path, "--", "/nowhere/analyse")
+    assert session.wait(30) == 2
+    assert "/nowhere/analyse: cannot be started" in session.output()
 
 
 def test_a_signal_ends_the_analyses_too(
