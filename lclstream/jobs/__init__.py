@@ -11,6 +11,7 @@
 :mod:`.backends`      where jobs run: this machine, a Slurm cluster, another site's job service
 :mod:`.job`           a job as the engine holds it in memory
 :mod:`.leases`        jobs that end when nobody looks after them any more
+:mod:`.pruning`       which finished jobs' folders are removed
 :mod:`.outbox`        callbacks: in order, repeated until they arrive
 :mod:`.signatures`    how callbacks are signed
 :mod:`.engine`        the owner of all jobs: starts, follows, cancels, and reconciles after a restart

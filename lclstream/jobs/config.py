@@ -51,6 +51,7 @@ class LocalBackend(_Model):
         mpirun: the MPI launcher; a job sees it with its number of processes as ``$mpirun``.
         kill_grace_s: seconds between SIGTERM and SIGKILL when a job is cancelled or exceeds its duration.
         max_duration_min: longest duration a job may ask for, in minutes.
+        max_jobs: how many jobs run at a time; further ones are `queued`, and start in that order. None: all at once.
     """
 
     type: Literal["local"] = "local"
@@ -58,6 +59,7 @@ class LocalBackend(_Model):
     mpirun: str = "mpiexec"
     kill_grace_s: float = Field(default=5.0, ge=0, le=600)
     max_duration_min: float = Field(default=7 * 24 * 60, gt=0, le=527040)
+    max_jobs: int | None = Field(default=None, ge=1)
 
 
 #: Options of sbatch that would let a job leave its own folder, account or user, or run what its owner did not send.
@@ -270,6 +272,18 @@ class JobLimits(_Model):
         )
 
 
+class Keep(_Model):
+    """How long the folders of finished jobs are kept; for ever by default.
+
+    Attributes:
+        days: remove them that many days after the job's end.
+        jobs: keep that many of the finished jobs, those that ended last.
+    """
+
+    days: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    jobs: int | None = Field(default=None, ge=0)
+
+
 class JobsConfig(_Model):
     """The job service.
 
@@ -285,6 +299,7 @@ class JobsConfig(_Model):
         cancel_jobs_on_exit: whether stopping the service ends its jobs. By default they keep running, and the service
             finds them when it starts again.
         max_lease_s: longest lease of a job, in seconds.
+        keep: how long the folders of finished jobs are kept.
         limits: how much, how long and how often a user may ask.
         access_log: file for the access log, one JSON object a line; among the other log lines by default.
     """
@@ -298,6 +313,7 @@ class JobsConfig(_Model):
     roles: FilePath | None = None
     cancel_jobs_on_exit: bool = False
     max_lease_s: float = Field(default=86400.0, gt=0, allow_inf_nan=False)
+    keep: Keep = Keep()
     limits: JobLimits = JobLimits()
     access_log: FilePath | None = None
 

@@ -18,13 +18,13 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from lclstream.jobs import folders
+from lclstream.jobs import folders, pruning
 from lclstream.jobs.backends import Backend, BackendUnavailableError, RefusedError, SubmissionRejectedError
 from lclstream.jobs.backends.iri import IriBackend
 from lclstream.jobs.backends.local import LocalBackend
 from lclstream.jobs.backends.psik import PsikBackend
 from lclstream.jobs.backends.slurm import SlurmBackend
-from lclstream.jobs.config import BackendConfig, JobsConfig
+from lclstream.jobs.config import BackendConfig, JobsConfig, Keep
 from lclstream.jobs.config import IriBackend as IriConfig
 from lclstream.jobs.config import LocalBackend as LocalConfig
 from lclstream.jobs.config import PsikBackend as PsikConfig
@@ -44,6 +44,10 @@ log = logging.getLogger(__name__)
 _RETRY_MOST_S = 30.0
 #: Seconds within which all jobs end when the service ends them at its own stop.
 _CANCEL_ALL_WITHIN_S = 60.0
+#: Seconds between two looks for finished jobs whose folders are kept no longer.
+_PRUNE_EVERY_S = 600.0
+#: In which order jobs are taken up after a restart: those that run keep their places from those that wait for one.
+_TAKEN_UP = {JobState.active: 0, JobState.queued: 1, JobState.new: 2}
 #: Seconds for telling receivers about the jobs that ended with the service; the rest is told by its next run.
 _LAST_CALLBACKS_WITHIN_S = 3.0
 
@@ -100,7 +104,7 @@ class Engine:
         self._followers: dict[str, asyncio.Task[None]] = {}
         self._making = asyncio.Lock()
         self._leases = Leases(self._lease_expired)
-        self._lease_watch: asyncio.Task[None] | None = None
+        self._watches: list[asyncio.Task[None]] = []
 
     # --- life of the service
 
@@ -121,21 +125,21 @@ class Engine:
         self._outbox.resume()
         live = [job for job in self._jobs.values() if job.is_live]
         log.info("%s: %d jobs, %d of them not ended", self.prefix, len(self._jobs), len(live))
-        for job in live:
+        for job in sorted(live, key=lambda job: (_TAKEN_UP[job.state], job.last.time)):
             self._follow(job)
         for job in self._jobs.values():
             if job.lease_s is not None and not job.is_final and not job.cancel_requested:
                 self._leases.renew(job.stamp, job.lease_s)
-        self._lease_watch = asyncio.create_task(self._leases.watch(), name="leases of jobs")
+        self._watches.append(asyncio.create_task(self._leases.watch(), name="leases of jobs"))
+        if self.config.keep != Keep():
+            self._watches.append(asyncio.create_task(self._prune_again_and_again(), name="old jobs"))
 
     async def stop(self) -> None:
         """Stop following. Jobs keep running, unless the configuration says that they end with the service."""
         if self.config.cancel_jobs_on_exit:
             await self._cancel_all()
             await self._outbox.flush(_LAST_CALLBACKS_WITHIN_S)
-        tasks = list(self._followers.values())
-        if self._lease_watch is not None:
-            tasks.append(self._lease_watch)
+        tasks = [*self._followers.values(), *self._watches]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -154,6 +158,27 @@ class Engine:
         for job in live:
             if not job.is_final:
                 log.error("job %s could not be ended within %g s", job.stamp, _CANCEL_ALL_WITHIN_S)
+
+    async def _prune_again_and_again(self) -> None:
+        while True:
+            for job in pruning.superfluous(self._jobs.values(), self.config.keep, time.time()):
+                await self._prune(job)
+            await asyncio.sleep(_PRUNE_EVERY_S)
+
+    async def _prune(self, job: Job) -> None:
+        if job.stamp in self._followers or self._outbox.has_to_tell(job.stamp):
+            return
+        async with self._making:
+            try:
+                key = job.folder.notes().idempotency_key
+                await asyncio.to_thread(folders.remove, job.folder)
+            except (OSError, ValueError) as error:
+                log.error("job %s is kept, its folder cannot be removed: %s", job.stamp, error)
+                return
+            del self._jobs[job.stamp]
+            self._by_key.pop((job.login, job.issuer, key or ""), None)
+        self._outbox.forget(job.stamp)
+        log.info("job %s of %s is removed: %s since %s", job.stamp, job.login, job.state, _day(job.last.time))
 
     # --- requests
 
@@ -453,6 +478,10 @@ def _backend(settings: BackendConfig, credentials: Credentials) -> Backend:
             return IriBackend(settings)
         case LocalConfig():
             return LocalBackend(settings)
+
+
+def _day(when: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(when))
 
 
 def _digest(spec: JobSpec) -> str:

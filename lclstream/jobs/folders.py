@@ -37,6 +37,7 @@ from pydantic import BaseModel, ConfigDict
 from lclstream.jobs.models import JOB_ID, JobSpec, JobState, Transition
 
 _UNFINISHED = ".new-"
+_REMOVED = ".old-"
 
 
 class DamagedJobError(ValueError):
@@ -209,12 +210,23 @@ def is_job(path: Path) -> bool:
 
 
 def find(prefix: Path) -> Iterator[JobFolder]:
-    """All jobs below a prefix, oldest first; what an interrupted service left half made is removed."""
+    """All jobs below a prefix, oldest first; what an interrupted service left half made or half removed is removed."""
     for path in sorted(prefix.iterdir()):
-        if path.name.startswith(_UNFINISHED):
+        if path.name.startswith((_UNFINISHED, _REMOVED)):
             shutil.rmtree(path, ignore_errors=True)
         elif is_job(path):
             yield JobFolder(path)
+
+
+def remove(folder: JobFolder) -> None:
+    """Remove a job with everything in its folder; it is there completely or not at all, whatever is interrupted.
+
+    Raises:
+        OSError: the folder cannot be moved away; it is left as it was.
+    """
+    away = folder.path.with_name(f"{_REMOVED}{folder.stamp}")
+    folder.path.rename(away)
+    shutil.rmtree(away, ignore_errors=True)
 
 
 def make(

@@ -101,6 +101,14 @@ class Outbox:
             self._database.execute("INSERT OR REPLACE INTO noted VALUES (?, ?)", (stamp, len(history) - 1))
         self._send_for(stamp)
 
+    def has_to_tell(self, stamp: str) -> bool:
+        """Whether a callback about the job is not delivered yet."""
+        return self._first(stamp) is not None
+
+    def forget(self, stamp: str) -> None:
+        """Forget a job whose folder was removed."""
+        self._database.execute("DELETE FROM noted WHERE stamp = ?", (stamp,))
+
     @property
     def waiting(self) -> int:
         """Number of callbacks not delivered yet."""

@@ -2,6 +2,9 @@
 
 The event loop owns this object. It watches each runner by a pidfd, which tells the end of a process at once, even when
 it is not our child because the service was restarted; a look every second is the second way to notice.
+
+With `max_jobs` a job takes a place when its runner is started or found alive, and gives it back when its end is known.
+Jobs without a place are `queued`; they start in the order in which they came.
 """
 
 from __future__ import annotations
@@ -49,6 +52,10 @@ class LocalBackend:
         self._config = config
         self._watches: dict[str, _Watch] = {}
         self._canceled: dict[str, float] = {}
+        #: Jobs that have a place.
+        self._placed: set[str] = set()
+        #: Jobs that wait for one, the first to come first.
+        self._waiting: dict[str, Job] = {}
         self._boot_id = runner.boot_id()
 
     def check(self, spec: JobSpec) -> None:
@@ -86,18 +93,42 @@ class LocalBackend:
         """Nothing is needed."""
 
     async def submit(self, job: Job) -> str:
-        """Start a runner. Of several for one attempt, only the first to write ``runner.json`` does anything."""
+        """Start a runner. Of several for one attempt, only the first to write ``runner.json`` does anything.
+
+        Returns:
+            Its process id; words where it has to wait for a place.
+        """
         attempt = job.folder.attempt(job.jobndx)
         if (claim := plans.read(attempt / "runner.json")) is not None:
+            self._placed.add(job.stamp)
             return str(claim["pid"])
         try:
             attempt.mkdir(exist_ok=True)
             spec = job.spec()
             mpirun = f"{self._config.mpirun} -n {spec.resources.processes}"
             plans.write(job, spec, mpirun=mpirun, grace_s=self._config.kill_grace_s, nodes="1")
+            if not self._take_place(job):
+                return f"waits: {self._config.max_jobs} jobs run here at a time"
             return str(self._launch(job))
         except OSError as error:
             raise BackendUnavailableError(f"the runner cannot be started: {error}") from error
+
+    def _take_place(self, job: Job) -> bool:
+        """Whether the job may start now; otherwise it stands in the queue."""
+        if job.stamp in self._placed:
+            return True
+        self._waiting.setdefault(job.stamp, job)
+        full = self._config.max_jobs is not None and len(self._placed) >= self._config.max_jobs
+        if full or next(iter(self._waiting)) != job.stamp:
+            return False
+        del self._waiting[job.stamp]
+        self._placed.add(job.stamp)
+        self._call_next()
+        return True
+
+    def _call_next(self) -> None:
+        if self._waiting:
+            next(iter(self._waiting.values())).bell.set()
 
     def _launch(self, job: Job) -> int:
         read, write = os.pipe()
@@ -159,6 +190,8 @@ class LocalBackend:
             claim = self._unclaimed(job, attempt)
             if claim is None:
                 return []
+        self._waiting.pop(job.stamp, None)
+        self._placed.add(job.stamp)
         watch = self._watches.get(job.stamp)
         if watch is None and self._lives(claim):
             self._watch(job, claim["pid"], None)
@@ -198,6 +231,8 @@ class LocalBackend:
                 attempt / "exit.json", {"reason": reason, "code": None, "message": message, "time": time.time()}
             )
             return nobody
+        if not self._take_place(job):
+            return None
         try:
             self._launch(job)
         except OSError as error:
@@ -240,6 +275,9 @@ class LocalBackend:
 
     def _forget(self, job: Job) -> None:
         self._canceled.pop(job.stamp, None)
+        self._waiting.pop(job.stamp, None)
+        self._placed.discard(job.stamp)
+        self._call_next()
         watch = self._watches.get(job.stamp)
         if watch is not None and watch.pidfd is None:
             if watch.process is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lclstream.jobs.config import Callbacks, JobLimits, JobsConfig, LocalBackend, PsikBackend, SlurmBackend
+from lclstream.jobs.config import Callbacks, JobLimits, JobsConfig, Keep, LocalBackend, PsikBackend, SlurmBackend
 from lclstream.jobs.machine import table_as_markdown
 
 REPOSITORY = Path(__file__).resolve().parents[4]
@@ -29,6 +29,7 @@ def test_the_configuration_shown_is_the_example() -> None:
         (JobsConfig, ""),
         (Callbacks, "callbacks."),
         (JobLimits, "limits."),
+        (Keep, "keep."),
         (LocalBackend, ""),
         (SlurmBackend, ""),
         (PsikBackend, ""),
