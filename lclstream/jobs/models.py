@@ -128,6 +128,8 @@ class JobSpec(BaseModel):
         callback: URL told of every change of state; it must be allowed by the service's configuration.
         cb_headers: HTTP headers sent with every callback.
         cb_secret: key of the callbacks' signature. It is written to the job's own folder (mode 0600) and nowhere else.
+        client_secret: psik 2 has it, for states that a job's own script reports. Here nobody reports about a job but
+            its backend, so it is taken and forgotten.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -143,6 +145,7 @@ class JobSpec(BaseModel):
     callback: Annotated[str, Field(max_length=2048)] | None = None
     cb_headers: dict[Annotated[str, AfterValidator(_header_name)], Annotated[str, AfterValidator(_header_value)]] = {}
     cb_secret: SecretStr | None = None
+    client_secret: SecretStr | None = Field(default=None, exclude=True)
 
     def document(self) -> dict[str, Any]:
         """The specification as a JSON object **with its secret**, as it is sent to a service and kept in ``spec.json``.

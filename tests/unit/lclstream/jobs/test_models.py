@@ -122,3 +122,9 @@ def test_a_worker_without_server_packages_can_import_the_client() -> None:
         "import lclstream.jobs.client\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
+
+
+def test_a_clients_secret_of_psik_2_is_taken_and_goes_nowhere() -> None:
+    spec = JobSpec.model_validate({"script": "true", "client_secret": "hush"})
+    assert spec.document() == {"script": "true"}
+    assert "hush" not in repr(spec) + spec.model_dump_json()
