@@ -1,6 +1,8 @@
 """A real Slurm of one node with folder, keys and ports of its own; for measurements and tests. It needs root.
 
-From Debian's packages: ``apt-get install slurm-wlm munge``. No systemd, no cgroups; starting takes a second.
+From Debian's packages: ``apt-get install slurm-wlm munge``. No systemd, no cgroups; starting takes a second. Its
+daemons listen on the loopback address only. A second process ends them when it is told to, or when whoever started them
+has died, however he died.
 """
 
 from __future__ import annotations
@@ -8,8 +10,10 @@ from __future__ import annotations
 import getpass
 import os
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,11 +26,14 @@ _PROGRAMS = ("sbatch", "squeue", "scancel", "scontrol", "sinfo", "slurmctld", "s
 #: Debian installs the daemons where an ordinary user's PATH does not look.
 _SBIN = ("/usr/sbin", "/usr/local/sbin", "/sbin")
 _START_S = 30.0
+#: Seconds within which all daemons and jobs have ended.
+_STOP_S = 60.0
 _CONFIGURATION = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 SlurmdPort={ports[1]}
+CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket
 CredType=cred/munge
@@ -80,6 +87,10 @@ class Slurm:
             raise NoSlurmError("a Slurm node of one's own needs root here")
         self.folder = Path(tempfile.mkdtemp(prefix="lclstream-slurm-"))
         self.configuration = self.folder / "slurm.conf"
+        # It notices the end of its standard input, which comes with our own end, too.
+        self._ending = subprocess.Popen(
+            [sys.executable, __file__, str(self.folder)], stdin=subprocess.PIPE, start_new_session=True
+        )
 
     def __enter__(self) -> Self:
         try:
@@ -128,20 +139,33 @@ class Slurm:
         return done.stdout.strip() if done.returncode == 0 else done.stderr.strip()
 
     def close(self) -> None:
-        """Stop the daemons by the ids in their own files, and wait until each has gone."""
-        for name in ("slurmd", "slurmctld", "munged"):
-            try:
-                process = psutil.Process(int((self.folder / f"{name}.pid").read_text()))
-                process.terminate()
-                process.wait(20)
-            except (OSError, ValueError, psutil.NoSuchProcess):
-                continue
-            except psutil.TimeoutExpired:
-                process.kill()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Have everything ended, and wait until it has."""
+        if self._ending.stdin is not None:
+            self._ending.stdin.close()
+        self._ending.wait(2 * _STOP_S)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+
+def _end(folder: Path) -> None:
+    """Stop the daemons by the ids in their own files, then what is left of jobs, and remove the folder."""
+    for name in ("slurmd", "slurmctld", "munged"):
+        try:
+            process = psutil.Process(int((folder / f"{name}.pid").read_text()))
+            process.terminate()
+            process.wait(_STOP_S / 3)
+        except (OSError, ValueError, psutil.NoSuchProcess):
+            continue
+        except psutil.TimeoutExpired:
+            process.kill()
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and process.environ().get("SLURM_CONF") == str(folder / "slurm.conf"):
+                process.kill()
+        except psutil.Error:
+            continue
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _two_ports() -> tuple[int, int]:
@@ -149,3 +173,10 @@ def _two_ports() -> tuple[int, int]:
         first.bind(("127.0.0.1", 0))
         second.bind(("127.0.0.1", 0))
         return first.getsockname()[1], second.getsockname()[1]
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    sys.stdin.buffer.read()
+    _end(Path(sys.argv[1]))

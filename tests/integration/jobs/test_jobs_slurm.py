@@ -6,11 +6,13 @@ import os
 import shutil
 import stat
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from lclstream.jobs.models import JobSpec, JobState, ResourceSpec
@@ -228,3 +230,58 @@ def test_a_requeued_job_begins_another_attempt(
     assert states(history) == [*COMPLETE[:3], "2:queued", "2:active", "2:completed"]
     assert "first" in client.logs(jobid)["stdout.1"]
     assert "stdout.2" in client.logs(jobid)
+
+
+def test_a_node_that_fails_puts_its_job_back_and_another_attempt_begins(
+    cluster: Any, until_final: Any, until_state: Any, wait_until: Callable[..., None]
+) -> None:
+    client = cluster.client()
+    jobid = client.submit(JobSpec(script="[ $jobndx = 2 ] && exit 0; echo first; sleep 300", resources=SHARED))
+    until_state(client, jobid, JobState.active)
+    wait_until(lambda: client.logs(jobid).get("stdout.1") == "first\n", 20, "first words")
+    native_id = client.history(jobid)[1].info
+    node = subprocess.run(["sinfo", "-h", "-o", "%n"], capture_output=True, text=True, check=True).stdout.strip()
+    subprocess.run(["scontrol", "update", f"nodename={node}", "state=down", "reason=test"], check=True)
+    try:
+        wait_until(lambda: client.history(jobid)[-1].jobndx == 2, 30, "second attempt")
+        assert states(client.history(jobid)) == [*COMPLETE[:3], "2:queued"]
+    finally:
+        # It may have come back by itself.
+        subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], check=False, capture_output=True)
+    time.sleep(2.0)  # as above
+    subprocess.run(["scontrol", "update", f"jobid={native_id}", "starttime=now"], check=False, capture_output=True)
+    assert states(until_final(client, jobid, 110)) == [*COMPLETE[:3], "2:queued", "2:active", "2:completed"]
+
+
+def test_the_clusters_daemons_listen_on_the_loopback_address_only(slurm: Path) -> None:
+    for name in ("slurmctld", "slurmd"):
+        process = psutil.Process(int((slurm.parent / f"{name}.pid").read_text()))
+        sockets = [one for one in process.net_connections("inet") if one.status == psutil.CONN_LISTEN]
+        assert sockets
+        assert {one.laddr.ip for one in sockets} == {"127.0.0.1"}
+
+
+_STARTER = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import slurm_site
+cluster = slurm_site.Slurm().__enter__()
+cluster.command("sbatch", "--output=/dev/null", "--wrap", "exec sleep 301")
+print(cluster.folder, flush=True)
+time.sleep(300)
+"""
+
+
+def test_a_cluster_whose_starter_is_killed_ends_by_itself(slurm: Path, wait_until: Callable[..., None]) -> None:
+    benchmarks = Path(__file__).resolve().parents[3] / "benchmarks"
+    starter = subprocess.Popen(
+        [sys.executable, "-c", _STARTER, str(benchmarks)], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert starter.stdout is not None
+    with starter.stdout:
+        folder = Path(starter.stdout.readline().strip())
+    pids = [int((folder / f"{name}.pid").read_text()) for name in ("slurmctld", "slurmd", "munged")]
+    starter.kill()
+    starter.wait(10)
+    wait_until(lambda: not folder.exists(), 90, "end of the cluster")
+    assert not any(psutil.pid_exists(pid) for pid in pids)
