@@ -14,7 +14,7 @@ import pytest
 from lclstream.jobs.models import JobSpec, JobState
 
 # By a thread: reading a DAG file switches off the alarm that the other method needs.
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(120, method="thread")]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300, method="thread")]
 
 ANALYSIS = """#!/usr/bin/env python3
 import json, os
