@@ -10,10 +10,8 @@ is looked for by its name, which holds our folder's.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
 import stat
 import time
 import uuid
@@ -132,9 +130,9 @@ class IriBackend:
         found = await self._find(job, spec) if notes["asked"] else None
         if found is None:
             # Written down first: what was asked for may run, also when the answer is lost.
-            _write(path, {**notes, "asked": True})
+            plans.replace(path, {**notes, "asked": True})
             found = await self._post(spec, job, str(notes["key"]))
-        _write(path, {**notes, "asked": True, "jobid": found})
+        plans.replace(path, {**notes, "asked": True, "jobid": found})
         job.folder.attempt(1).mkdir(exist_ok=True)
         with open(job.folder.log / "console", "a") as console:
             console.write(f"what it prints is at {self._config.url}: {self._output(job)}\n")
@@ -323,12 +321,3 @@ def _words(response: httpx.Response) -> str:
         document = {}
     detail = document.get("detail") or document.get("title") if isinstance(document, dict) else None
     return f"{response.status_code}: {str(detail or response.text)[:1000]}"
-
-
-def _write(path: Path, document: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}")
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        json.dump(document, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

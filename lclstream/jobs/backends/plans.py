@@ -45,10 +45,16 @@ def write(
         "grace_s": grace_s,
         "log": str(job.folder.log),
     }
-    path = job.folder.control / "plan.json"
+    replace(job.folder.control / "plan.json", plan)
+
+
+def replace(path: Path, document: dict[str, Any]) -> None:
+    """Write a file, mode 0600, that is there completely or as it was, even after a power failure."""
     temporary = path.with_name(f".{path.name}")
     with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        json.dump(plan, file)
+        json.dump(document, file)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
 
 

@@ -7,7 +7,6 @@ state is told to anybody, so that whoever sees the end can read them here.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import secrets
@@ -126,7 +125,7 @@ class PsikBackend:
             native_id = notes.get("jobid")
             if native_id is None:
                 native_id = await self._there.create(handed, idempotency_key=notes["key"])
-                _write(job.folder.control / "remote.json", {**notes, "jobid": native_id})
+                plans.replace(job.folder.control / "remote.json", {**notes, "jobid": native_id})
             job.folder.attempt(1).mkdir(exist_ok=True)
             self._jobs[native_id] = job
             for name in _names(Path(job.directory)):
@@ -146,7 +145,7 @@ class PsikBackend:
         notes = plans.read(path)
         if notes is None:
             notes = {"key": f"{job.stamp}-{secrets.token_hex(8)}", "secret": secrets.token_hex(32)}
-            _write(path, notes)
+            plans.replace(path, notes)
         return notes
 
     async def observe(self, job: Job) -> list[Report]:
@@ -235,12 +234,3 @@ def _names(root: Path) -> list[str]:
             if path.is_file() and not path.is_symlink():
                 found.append(path.relative_to(root).as_posix())
     return sorted(found)
-
-
-def _write(path: Path, document: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}")
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        json.dump(document, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
