@@ -96,6 +96,18 @@ def main_command(
     tls_ca: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Issuers whose certificates are accepted (PEM).")
     ] = None,
+    tls_producer: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LOGIN[@ISSUER]", help="Only they may push; may be repeated. [whoever --tls-ca vouches for]"
+        ),
+    ] = None,
+    tls_consumer: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LOGIN[@ISSUER]", help="Only they may pull; may be repeated. [whoever --tls-ca vouches for]"
+        ),
+    ] = None,
     summary: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the last status document here.")] = None,
     name: Annotated[
         str | None, typer.Option(metavar="NAME", help="Name in status, metrics and to other buffers. [nngstream]")
@@ -125,10 +137,16 @@ def main_command(
         "summary": summary,
         "name": name,
     }
-    files = {"certificate": tls_certificate, "key": tls_key, "ca": tls_ca}
+    encryption = {
+        "certificate": tls_certificate,
+        "key": tls_key,
+        "ca": tls_ca,
+        "producers": tls_producer or None,
+        "consumers": tls_consumer or None,
+    }
     try:
         _start_logging(log_level)
-        raise typer.Exit(_run(options, files, config))
+        raise typer.Exit(_run(options, encryption, config))
     except ConfigurationError as error:
         print(error, file=sys.stderr)
         raise typer.Exit(2) from error
@@ -170,10 +188,10 @@ def top_command(
     raise typer.Exit(show([Source(url, context) for url in urls], interval, once=once))
 
 
-def _run(options: dict[str, Any], files: dict[str, Path | None], config: Path | None) -> int:
+def _run(options: dict[str, Any], encryption: dict[str, Any], config: Path | None) -> int:
     values = load(config) if config is not None else {}
     values |= {key: value for key, value in options.items() if value is not None}
-    given = {key: value for key, value in files.items() if value is not None}
+    given = {key: value for key, value in encryption.items() if value is not None}
     if given:
         values["tls"] = {**(values.get("tls") or {}), **given}
     if config is None and not ("in" in values and "out" in values):

@@ -19,6 +19,8 @@ _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", 1)}
 _UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("kMGT", 1)}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+#: ``login@issuer``: an issuer is a name in the form of RFC 4514, which begins with a type (``CN=`` or ``2.5.4.65=``).
+_WITH_ISSUER = re.compile(r"(?P<login>.+?)@(?P<issuer>(?:[A-Za-z][A-Za-z0-9-]*|\d+(?:\.\d+)+)=.+)", re.DOTALL)
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
@@ -47,6 +49,34 @@ Size = Annotated[int, BeforeValidator(parse_size)]
 Url = Annotated[str, BeforeValidator(_checked_url)]
 
 
+class Allowed(BaseModel):
+    """Somebody who may come; a text is ``login`` or ``login@issuer``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    login: str = Field(min_length=1, description="user id (UID) of the certificate's subject, else its common name")
+    issuer: str | None = Field(None, min_length=1, description="issuer's name (RFC 4514); none: any issuer of `ca`")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        found = _WITH_ISSUER.fullmatch(value.strip())
+        return found.groupdict() if found else {"login": value.strip()}
+
+
+def _names_somebody(value: object) -> object:
+    if isinstance(value, (list, tuple)) and value:
+        return value
+    raise ValueError(
+        "list at least one `login` or `login@issuer`; leave the key out to let everybody in whom `ca` vouches for"
+    )
+
+
+Allowances = Annotated[tuple[Allowed, ...] | None, BeforeValidator(_names_somebody)]
+
+
 class Tls(BaseModel):
     """Certificates (PEM) for ``tls+tcp`` and for a status at ``https``."""
 
@@ -55,6 +85,16 @@ class Tls(BaseModel):
     certificate: Path = Field(description="our certificate, with its chain")
     key: Path = Field(description="our key; nobody else may read it (mode 0600)")
     ca: Path = Field(description="the issuers whose certificates we accept")
+    producers: Allowances = Field(
+        None, description="who may push; left out: whoever has a certificate of these issuers"
+    )
+    consumers: Allowances = Field(
+        None, description="who may pull; left out: whoever has a certificate of these issuers"
+    )
+
+    def allowed(self, side: str) -> tuple[Allowed, ...] | None:
+        """Who may come to the side ``in`` or ``out``; None: everybody whom `ca` vouches for."""
+        return self.producers if side == "in" else self.consumers
 
 
 class BufferConfig(BaseModel):
@@ -92,6 +132,12 @@ class BufferConfig(BaseModel):
             raise ValueError(f"{tls[0]} needs certificates: --tls-certificate, --tls-key and --tls-ca")
         if self.tls is not None and not tls:
             raise ValueError("certificates are given, but no tls+tcp:// or https:// address uses them")
+        for key, side, urls in (("producers", "in", self.inputs), ("consumers", "out", self.outputs)):
+            plain = [each for each in urls if "tls+" not in each]
+            if self.tls is not None and self.tls.allowed(side) is not None and plain:
+                raise ValueError(
+                    f"tls.{key} says who may come, but {plain[0]} asks nobody who he is: use tls+tcp:// at that side"
+                )
         listening = [each for each in [*self.inputs, *self.outputs] if not each.startswith("dial+")]
         twice = {each for each in listening if listening.count(each) > 1 and not each.endswith(":0")}
         if self.route is not None and len(self.outputs) < 2:

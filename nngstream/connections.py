@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from nngstream import route
 from nngstream.config import BufferConfig
 from nngstream.doorman import Doorman
-from nngstream.errors import InterruptedWaitError, WireError
+from nngstream.errors import InterruptedWaitError, NotAllowedError, WireError
 from nngstream.fifo import Fifo, Seat
 from nngstream.handshake import HANDSHAKE_S, Greeted, Side, greet
 from nngstream.inlet import EndedInsideMessageError, Inlet
@@ -217,6 +217,8 @@ class Connections:
             try:
                 stream, greeted = self._open(connection, where, address, speak_after_s)
             except (OSError, WireError) as error:
+                if isinstance(error, NotAllowedError):
+                    return self._deny(connection, where, error)
                 return self._refuse(connection, where, str(error))
             self._serve(connection, stream, Peer(connection.side, greeted, stream), address)
             return True
@@ -246,6 +248,11 @@ class Connections:
                 if error.reason in _UNKNOWN_KEY_TYPE:
                     raise WireError(f"knows no keys of our certificate's kind: {_P256} ({error.reason})") from error
                 raise
+            allowed = self._config.tls.allowed(connection.side) if self._config.tls is not None else None
+            if allowed is not None:
+                from nngstream.access import admit  # here: a buffer without lists starts faster without x509
+
+                admit(connection.sock, connection.side, allowed)
             stream: Stream = TlsStream(connection.sock, where)
         else:
             stream = Stream(connection.sock, where)
@@ -302,6 +309,15 @@ class Connections:
         if connection.wanted:
             self._register.refuse(where, why)
             log.warning("%s refused: %s", where, why)
+        return False
+
+    def _deny(self, connection: Connection, where: str, error: NotAllowedError) -> bool:
+        if connection.wanted:
+            times = self._register.deny(connection.side, where, error)
+            if times & (times - 1) == 0:  # libnng comes again ten times a second, for hours
+                log.warning("%s refused: %s; %d times so far", where, error, times)
+            if isinstance(connection.sock, ssl.SSLSocket):
+                let_read(connection.sock)
         return False
 
     def _enter(self, connection: Connection) -> bool:

@@ -5,6 +5,7 @@
     - ``ListenError``: an address cannot be listened at (exit 3)
     - ``WireError``: a peer does not speak our protocols, or broke them; it alone is cut off
         - ``OversizeError``: its message can never fit
+        - ``NotAllowedError``: its certificate is in order, and this stream is not for its owner
     - ``InterruptedWaitError``: the buffer stops while somebody waits
 """
 
@@ -29,6 +30,22 @@ class WireError(BufferProgramError, ValueError):
 
 class OversizeError(WireError):
     """A message is larger than the whole buffer."""
+
+
+class NotAllowedError(WireError):
+    """A peer whose certificate we trust, and whom the list of its side does not name.
+
+    Attributes:
+        login: whom its certificate names.
+        issuer: who signed that (RFC 4514).
+        rule: the list, as the configuration calls it.
+    """
+
+    def __init__(self, text: str, login: str, issuer: str, rule: str) -> None:
+        super().__init__(text)
+        self.login = login
+        self.issuer = issuer
+        self.rule = rule
 
 
 class InterruptedWaitError(BufferProgramError):

@@ -10,11 +10,14 @@ import time
 from collections import deque
 from typing import Any
 
+from nngstream.errors import NotAllowedError
 from nngstream.handshake import Greeted, Side
 from nngstream.stream import Stream
 
 #: How many peers that have gone the status still shows.
 REMEMBERED = 200
+#: How many identities that were turned away the status shows.
+DENIED = 100
 
 
 class Peer:
@@ -71,6 +74,9 @@ class Register:
         #: Connections that were cut off before they became peers, and the last reason.
         self.refused = 0
         self.last_refusal: str | None = None
+        #: Those among them whom the list of their side does not name, and who they were, the latest last.
+        self.denied = 0
+        self._denied: dict[tuple[Side, str, str], dict[str, Any]] = {}
 
     def came(self, peer: Peer) -> bool:
         """A peer finished its handshake; says whether its side is still open."""
@@ -99,6 +105,31 @@ class Register:
         with self._lock:
             self.refused += 1
             self.last_refusal = f"{address}: {why}"
+
+    def deny(self, side: Side, address: str, error: NotAllowedError) -> int:
+        """Somebody came who may not; returns how often he has come to this side."""
+        self.refuse(address, str(error))
+        with self._lock:
+            self.denied += 1
+            key = (side, error.login, error.issuer)
+            times = self._denied.pop(key, {"times": 0})["times"] + 1
+            self._denied[key] = {
+                "side": side,
+                "login": error.login,
+                "issuer": error.issuer,
+                "rule": error.rule,
+                "address": address,
+                "times": times,
+                "time": time.time(),
+            }
+            if len(self._denied) > DENIED:
+                del self._denied[next(iter(self._denied))]
+            return int(times)
+
+    def turned_away(self) -> list[dict[str, Any]]:
+        """Who came and may not, for the status document; the latest last."""
+        with self._lock:
+            return [dict(each) for each in self._denied.values()]
 
     def now(self, side: Side) -> int:
         """How many are connected."""

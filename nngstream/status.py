@@ -39,6 +39,7 @@ _METRICS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("consumers", "gauge", "Consumers connected.", ("consumers",)),
     ("consumers_seen_total", "counter", "Consumers that ever connected.", ("consumers_seen",)),
     ("refused_connections_total", "counter", "Connections cut off for what they sent.", ("refused",)),
+    ("denied_connections_total", "counter", "Those among them whose login may not come to that side.", ("denied",)),
     ("start_time_seconds", "gauge", "When the buffer was started, since 1970.", ("started",)),
 )
 _STATES = ("waiting", "streaming", "draining", "done", "failed")
@@ -87,6 +88,8 @@ def document(buffer: Buffer, *, started: float, rates: tuple[float, float]) -> d
         "out": buffer.outputs,
         "refused": register.refused,
         "last_refusal": register.last_refusal,
+        "denied": register.denied,
+        "turned_away": register.turned_away(),
         "peers": [peer.document() for peer in register.all()],
         "started": started,
         "time": time.time(),

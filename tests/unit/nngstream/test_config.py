@@ -91,3 +91,43 @@ def test_importing_the_model_needs_nothing_of_the_buffer():
     code = "import nngstream.config, sys; print(sorted(m for m in sys.modules if m.startswith('nngstream')))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "['nngstream', 'nngstream.config', 'nngstream.errors', 'nngstream.route', 'nngstream.url']"
+
+
+TLS = {"certificate": "/c", "key": "/k", "ca": "/a"}
+TLS_ENDS = {"in": ["tls+tcp://127.0.0.1:0"], "out": ["tls+tcp://127.0.0.1:0"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "login", "issuer"),
+    [
+        ("ada", "ada", None),
+        (" ada ", "ada", None),
+        ("ada@CN=site", "ada", "CN=site"),
+        (
+            "ada@2.5.4.65=Signing Certificate,OU=lclstream,O=s3df",
+            "ada",
+            "2.5.4.65=Signing Certificate,OU=lclstream,O=s3df",
+        ),
+        ("ada@site.example@CN=site,1.2.3=x@y", "ada@site.example", "CN=site,1.2.3=x@y"),
+        ("ada@site.example", "ada@site.example", None),
+    ],
+)
+def test_who_may_come_is_a_login_or_a_login_of_an_issuer(text, login, issuer):
+    config = checked({**TLS_ENDS, "tls": {**TLS, "consumers": [text]}}, "x.yaml")
+    assert config.tls is not None
+    ((one,),) = [config.tls.allowed("out")]
+    assert (one.login, one.issuer) == (login, issuer)
+    assert config.tls.allowed("in") is None
+
+
+@pytest.mark.parametrize("empty", [None, [], "ada", {}])
+def test_a_list_that_names_nobody_is_refused_instead_of_letting_everybody_in(empty):
+    with pytest.raises(ConfigurationError, match=r"x.yaml: tls.consumers: list at least one `login`"):
+        checked({**TLS_ENDS, "tls": {**TLS, "consumers": empty}}, "x.yaml")
+
+
+@pytest.mark.parametrize(("key", "side"), [("producers", "in"), ("consumers", "out")])
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:0", "ipc:///run/x"])
+def test_a_list_for_a_side_that_asks_nobody_who_he_is_is_refused(key, side, address):
+    with pytest.raises(ConfigurationError, match=rf"tls.{key} says who may come, but {address} asks nobody"):
+        checked({**TLS_ENDS, side: [*TLS_ENDS[side], address], "tls": {**TLS, key: ["ada"]}}, "x.yaml")
