@@ -50,6 +50,8 @@ class LCLStreamTransferOperator(RemoteWorkOperator):
     :param lease_s: the service ends the transfer when nobody has renewed its lease for that long, in seconds. The wait
         renews it; after ``"ready"`` a later sensor has to. None: no lease, so that **nothing** ends the transfer when
         Airflow is gone
+    :param readers: logins (`login` or `login@issuer`) that may pull from encrypted buffers besides the connection's own
+        and the members of the experiment, such as that of the site's analysis jobs; a list, or separated by blanks
     :param lclstream_conn_id: connection of type `lclstream`
 
     Further arguments: see :class:`.RemoteWorkOperator`.
@@ -62,6 +64,7 @@ class LCLStreamTransferOperator(RemoteWorkOperator):
         "transfer_name",
         "on_no_consumer",
         "lease_s",
+        "readers",
         "lclstream_conn_id",
     )
     template_fields_renderers: ClassVar[dict[str, str]] = {"config": "yaml", "values": "json"}
@@ -78,6 +81,7 @@ class LCLStreamTransferOperator(RemoteWorkOperator):
         wait_for: Literal["ready", "complete"] = "ready",
         on_no_consumer: Literal["wait", "spill", "prefer_spill"] | str = "wait",
         lease_s: float | str | None = 60.0,
+        readers: Sequence[str] | str = (),
         lclstream_conn_id: str = LCLStreamHook.default_conn_name,
         **kwargs: Any,
     ) -> None:
@@ -89,6 +93,7 @@ class LCLStreamTransferOperator(RemoteWorkOperator):
         self.wait_for = wait_for
         self.on_no_consumer = on_no_consumer
         self.lease_s = lease_s
+        self.readers = readers
         self.lclstream_conn_id = lclstream_conn_id
         self._hook: LCLStreamHook | None = None
         self._document: dict[str, Any] = {}
@@ -137,6 +142,7 @@ class LCLStreamTransferOperator(RemoteWorkOperator):
                 on_no_consumer=on_no_consumer,
                 idempotency_key=key,
                 tags=self.tags,
+                readers=self.readers.split() if isinstance(self.readers, str) else list(self.readers),
             )
 
     def state(self, remote_id: str | int) -> Remote:

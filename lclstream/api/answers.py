@@ -37,6 +37,7 @@ def plan_of(order: Order, parameters: Parameters, notes: list[str], leased: int,
     endpoints = [{"input": name, "output": "OUTPUT", "status": "STATUS"} for name in names]
     row = TransferRow(id=0, ranks=order.ranks, producers=order.producers, endpoints=endpoints, spill=order.spill)
     row.sentinel = order.sentinel
+    row.access = None if order.access is None else dict(order.access)
     jobs = {"buffer": launch.buffer_job(row, 0, config), "engine": launch.engine_job(row, config)}
     expected = plan.estimate(parameters, order.producers)
     return TransferPlan(
@@ -108,7 +109,13 @@ def info(row: TransferRow, log: Sequence[LogRow], documents: Sequence[dict[str, 
         buffer=known[0] if known else None,
         buffers=list(documents) if len(row.endpoints) > 1 else [],
         released=row.released,
+        readers=_readers(row),
     )
+
+
+def _readers(row: TransferRow) -> list[str] | None:
+    persons = (row.access or {}).get("consumers")
+    return None if persons is None else [f"{each['login']}@{each['issuer']}" for each in persons]
 
 
 def _urls(row: TransferRow) -> list[str]:

@@ -49,12 +49,14 @@ def serve_api(
     # Imported here, so that `lclstream --help` does not wait for the server's libraries.
     from sqlalchemy.exc import ArgumentError, OperationalError
 
+    from lclstream.api import readers
     from lclstream.api.config import load_config
     from lclstream.api.launch import engine_certificates, issuer_of_status_readers
     from lclstream.api.service import create_app
     from lclstream.api.store import Store
     from lclstream.security.credentials import Credentials
     from lclstream.security.errors import CredentialsError
+    from lclstream.security.roles import NOBODY, RolesFile
     from lclstream.security.server import serve
 
     logging.basicConfig(
@@ -78,6 +80,7 @@ def serve_api(
         issuer_of_status_readers(settings.buffer, settings.buffer.credentials or settings.credentials)
         if settings.ports.scheme == "tls+tcp":
             engine_certificates(settings)
+            readers.check(settings, NOBODY if settings.roles is None else RolesFile(settings.roles).current)
         store = Store(settings.database, settings.limit_s)
     except (CredentialsError, ArgumentError, ModuleNotFoundError, ValueError) as error:
         print(f"lclstream api: {error}", file=sys.stderr)

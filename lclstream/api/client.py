@@ -12,7 +12,7 @@ may succeed later. :meth:`TransferClient.request` may be repeated safely when it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -49,6 +49,7 @@ class _Routes:
         sentinel: int | None = None,
         dry_run: str | None = None,
         labels: Mapping[str, str] | None = None,
+        readers: Sequence[str] = (),
     ) -> dict[str, Any]:
         parameters = {
             "lease_s": lease_s,
@@ -59,6 +60,7 @@ class _Routes:
             "sentinel": sentinel,
             "dry_run": dry_run,
             "tag": query(labels) if labels else None,
+            "reader": [*readers] or None,
         }
         return {
             "method": "POST",
@@ -152,6 +154,7 @@ class TransferClient:
         sentinel: int | None = 1,
         idempotency_key: str | None = None,
         tags: Mapping[str, str] | None = None,
+        readers: Sequence[str] = (),
     ) -> TransferStatus:
         """Ask for a transfer.
 
@@ -167,6 +170,8 @@ class TransferClient:
                 site has it.
             idempotency_key: the same key again gives the same transfer, not a second one.
             tags: names and values to find it by; the first request's stay.
+            readers: who may pull from encrypted buffers besides us and the members of the experiment: logins of our own
+                issuer, or `login@issuer`.
 
         Raises:
             ServiceError: 422 names the wrong field; 409 the key was used for something else; 429 you have as
@@ -174,7 +179,16 @@ class TransferClient:
         """
         document = self._call(
             self._routes.request(
-                config, lease_s, ranks, name, buffers, idempotency_key, on_no_consumer, sentinel, labels=tags
+                config,
+                lease_s,
+                ranks,
+                name,
+                buffers,
+                idempotency_key,
+                on_no_consumer,
+                sentinel,
+                labels=tags,
+                readers=readers,
             )
         )
         return TransferStatus.model_validate(document)
@@ -275,11 +289,21 @@ class AsyncTransferClient:
         sentinel: int | None = 1,
         idempotency_key: str | None = None,
         tags: Mapping[str, str] | None = None,
+        readers: Sequence[str] = (),
     ) -> TransferStatus:
         """See :meth:`TransferClient.request`."""
         document = await self._call(
             self._routes.request(
-                config, lease_s, ranks, name, buffers, idempotency_key, on_no_consumer, sentinel, labels=tags
+                config,
+                lease_s,
+                ranks,
+                name,
+                buffers,
+                idempotency_key,
+                on_no_consumer,
+                sentinel,
+                labels=tags,
+                readers=readers,
             )
         )
         return TransferStatus.model_validate(document)

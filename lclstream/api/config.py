@@ -59,12 +59,16 @@ class PortsConfig(_Section):
         first: lowest port.
         last: highest port. The default range ends below the ports Linux takes for outgoing connections (32768 on).
         scheme: ``tls+tcp``: events travel encrypted, and whoever sends or pulls them shows a certificate.
+        readers: with ``tls+tcp``, who may pull: ``owner``: a transfer's owner, the members of its experiment, and those
+            its request names; a list of logins (``login`` or ``login@issuer``): they as well, from every transfer;
+            ``anyone-trusted``: everybody with a certificate of an issuer the buffers trust.
     """
 
     host: str = "127.0.0.1"
     first: PortNumber = 30001
     last: PortNumber = 32700
     scheme: Literal["tcp", "tls+tcp"] = "tcp"
+    readers: Literal["owner", "anyone-trusted"] | tuple[Annotated[str, Field(min_length=1)], ...] = "owner"
 
     @model_validator(mode="after")
     def _wide_enough(self) -> Self:
@@ -92,7 +96,7 @@ class JobConfig(_Section):
 BUFFER_SCRIPT = """#!/bin/sh
 exec nngstream --name {name} --in {input} --out {output} --capacity {capacity} --producers {producers} \\
   --grace {grace_s} --drain {drain_s} --sentinel {sentinel} --status {status} \\
-  --tls-certificate {certificate} --tls-key {key} --tls-ca {ca} --summary {summary} {spill}
+  --tls-certificate {certificate} --tls-key {key} --tls-ca {ca} --summary {summary} {spill} {access}
 """
 ENGINE_SCRIPT = """#!/bin/sh
 exec mpiexec -n {ranks} lclstreamer --config {config}
@@ -118,7 +122,8 @@ class BufferConfig(JobConfig):
         max_per_transfer: the most buffers one transfer may have, for more bandwidth.
         spill: folder on the buffers' machine in which transfers that ask for it keep what nobody pulls, each in a
             folder of its own; None: that is not offered.
-        script: the job script; ``{spill}`` stands for that option, or for nothing.
+        script: the job script; ``{spill}`` stands for that option, or for nothing, and ``{access}`` for the one that
+            names the file of those who may push and pull.
     """
 
     duration_min: Minutes = 660
@@ -134,7 +139,7 @@ class BufferConfig(JobConfig):
         str,
         _template(
             "name", "input", "output", "capacity", "producers", "grace_s", "drain_s", "sentinel", "status",
-            "certificate", "key", "ca", "summary", "spill",
+            "certificate", "key", "ca", "summary", "spill", "access",
         ),
     ] = BUFFER_SCRIPT  # fmt: skip
 
@@ -159,6 +164,8 @@ class EngineConfig(JobConfig):
             buffer's.
         issuer: with encrypted data sockets, certificate of the authority that signed the buffer's, on the machine the
             engine runs on; None: the only issuer in the folder's ``known_servers/``, or ``org.crt``.
+        identity: with encrypted data sockets, the engine's login (``login`` or ``login@issuer``): nobody else may push;
+            None: the one in the folder's ``id.crt``, which must then be readable here.
         script: the job script; the engine's configuration lies beside it as ``{config}``.
     """
 
@@ -170,6 +177,7 @@ class EngineConfig(JobConfig):
     cpu_cores_per_rank: Annotated[int, Field(ge=1)] = 1
     credentials: FilePath | None = None
     issuer: FilePath | None = None
+    identity: Annotated[str, Field(min_length=1)] | None = None
     script: Annotated[str, _template("ranks", "config")] = ENGINE_SCRIPT
 
     @model_validator(mode="after")
@@ -262,6 +270,15 @@ class ApiConfig(_Section):
             if state.final:
                 raise ValueError(f"{state} is an end and has no limit: the states with one are {', '.join(LIVING)}")
         return limits
+
+    @model_validator(mode="after")
+    def _lists_reach_the_buffer(self) -> Self:
+        if self.ports.scheme == "tls+tcp" and "{access}" not in self.buffer.script:
+            raise ValueError(
+                "buffer.script has no {access}: its buffers would serve everybody whose issuer they trust; put it at "
+                "the end of nngstream's options"
+            )
+        return self
 
     def limit_s(self, state: State) -> float | None:
         """How long a transfer may stay in a state; None for an end."""

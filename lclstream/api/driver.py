@@ -225,8 +225,9 @@ class Driver:
     async def _do(self, effect: Effect) -> None:
         row: TransferRow = await self._in_thread(self._store.get, self.transfer)
         if effect is Effect.start_buffer:
+            files = launch.buffer_files(row)
             for position in range(len(row.endpoints)):
-                await self._start(Role.buffer, position, launch.buffer_job(row, position, self._config), {})
+                await self._start(Role.buffer, position, launch.buffer_job(row, position, self._config), files)
         elif effect is Effect.start_engine:
             files = {launch.CONFIG_FILE: json.dumps(row.config, indent=2).encode()}
             await self._start(Role.engine, 0, launch.engine_job(row, self._config), files)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import shlex
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 CONFIG_FILE = "lclstreamer.json"
 #: The buffer's last status document in the buffer job's work folder.
 SUMMARY_FILE = "buffer.json"
+#: Who may push and pull, in the buffer job's work folder: issuers' names are long, and `ps` is for everybody.
+ACCESS_FILE = "access.json"
 
 # Python 3.11's warnings.catch_warnings() changes the whole process; two requests must not do it at the same time.
 _warnings = threading.Lock()
@@ -133,15 +136,22 @@ def buffer_job(transfer: TransferRow, position: int, service: ApiConfig) -> JobS
     }
     kept = spill_folder(transfer, position, service)
     spill = "" if kept is None else f"--spill {shlex.quote(str(kept))}"
+    access = f"--config {ACCESS_FILE}" if buffer_files(transfer) else ""
     return JobSpec(
         name=f"{buffer_name(transfer.id, position)}-buffer",
-        script=_filled(buffer.script, values, spill=spill),
+        script=_filled(buffer.script, values, spill=spill, access=access),
         environment=buffer.environment,
         resources=ResourceSpec(duration=buffer.duration_min, node_count=1, processes_per_node=1),
         backend=buffer.backend,
         attributes=buffer.attributes,
         **_callback(Role.buffer, service),
     )
+
+
+def buffer_files(transfer: TransferRow) -> dict[str, bytes]:
+    """Files in the work folder of a transfer's buffer jobs, by name."""
+    lists = {side: persons for side, persons in (transfer.access or {}).items() if persons is not None}
+    return {ACCESS_FILE: json.dumps({"tls": lists}, indent=1).encode()} if lists else {}
 
 
 def engine_job(transfer: TransferRow, service: ApiConfig) -> JobSpec:
@@ -182,15 +192,20 @@ def engine_certificates(service: ApiConfig) -> dict[str, str]:
     Raises:
         ConfigError: the folder trusts several issuers and the configuration names none.
     """
-    folder = _buffer_folder(service)
-    if service.engine.credentials is not None:
-        folder = service.engine.credentials.expanduser().absolute()
+    folder = engine_folder(service)
     issuer = _issuer(
         service.engine.issuer,
         folder / "known_servers",
         "name the one that signed the buffer's certificate with `engine: {issuer: PATH}`",
     )
     return {"certificate": str(folder / "id.crt"), "key": str(folder / "id.key"), "ca": str(issuer)}
+
+
+def engine_folder(service: ApiConfig) -> Path:
+    """The engine's certificate folder, on the machine it runs on."""
+    if service.engine.credentials is not None:
+        return service.engine.credentials.expanduser().absolute()
+    return _buffer_folder(service)
 
 
 def _buffer_folder(service: ApiConfig) -> Path:

@@ -163,6 +163,7 @@ class TransferInfo(BaseModel):
         buffer: the buffer's last full status document; None until it answered once.
         buffers: those of all buffers when it has several.
         released: whether its jobs have ended and its ports are free again.
+        readers: who may pull, as ``login@issuer``; None: its buffers have no such list.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -182,6 +183,7 @@ class TransferInfo(BaseModel):
     buffer: dict[str, Any] | None = None
     buffers: list[dict[str, Any] | None] = []
     released: bool = False
+    readers: list[str] | None = None
 
 
 class TransferPlan(BaseModel):

@@ -16,7 +16,7 @@ from pydantic_core import from_json
 from sqlalchemy.exc import OperationalError
 
 from lclstream import __version__
-from lclstream.api import answers, callbacks, launch, plan
+from lclstream.api import answers, callbacks, launch, plan, readers
 from lclstream.api.config import ApiConfig
 from lclstream.api.driver import JobService, StatusReader
 from lclstream.api.models import (
@@ -43,6 +43,7 @@ from lclstream.api.store import (
 )
 from lclstream.api.supervisor import Supervisor
 from lclstream.api.tables import TransferRow
+from lclstream.config_file import ConfigError
 from lclstream.jobs import tags
 from lclstream.jobs.client import AsyncJobClient
 from lclstream.jobs.models import Callback, Transition
@@ -215,6 +216,7 @@ def request_transfer(
     owner: Owner,
     store: TheStore,
     config: TheConfig,
+    roles: TheRoles,
     supervisor: TheSupervisor,
     labels: Tags,
     lease_s: Annotated[
@@ -230,6 +232,10 @@ def request_transfer(
     ] = "wait",
     sentinel: Annotated[
         int | None, Query(ge=0, le=1000, description="empty messages each ZeroMQ consumer gets at the end")
+    ] = None,
+    reader: Annotated[
+        list[str] | None,
+        Query(max_length=100, description="LOGIN or LOGIN@ISSUER who may pull as well; may be given several times"),
     ] = None,
     dry_run: Annotated[bool, Query(description="say what would be started, and start nothing")] = False,
     idempotency_key: Annotated[
@@ -260,6 +266,17 @@ def request_transfer(
         producers = launch.sending_ranks(parameters, ranks)
     except launch.RequestRefusedError as error:
         raise HTTPException(422, [_problem(place, text) for place, text in error.problems]) from error
+    experiment = plan.experiment_of(parameters)
+    try:
+        access = readers.access(owner, experiment, reader or (), roles, config)
+    except ConfigError as error:
+        log.error("no transfer can be started: %s", error)
+        raise HTTPException(
+            500, "this service's configuration is wrong: its log says how; tell the site's staff"
+        ) from error
+    except ValueError as error:
+        raise _wrong(("query", "reader"), str(error)) from error
+    asked = {"config": document, "ranks": ranks, "name": name, "buffers": buffers, "spill": on_no_consumer}
     order = Order(
         owner=owner,
         name=name,
@@ -268,13 +285,14 @@ def request_transfer(
         buffers=buffers,
         lease_s=lease_s,
         key=idempotency_key,
-        request={"config": document, "ranks": ranks, "name": name, "buffers": buffers, "spill": on_no_consumer},
+        request=asked | ({"readers": sorted(reader)} if reader else {}),
         config=lambda inputs: launch.with_buffers(document, inputs, config),
-        experiment=plan.experiment_of(parameters),
+        experiment=experiment,
         spill=on_no_consumer == "spill",
         sentinel=config.buffer.sentinel if sentinel is None else sentinel,
         quota=config.quota,
         tags=labels,
+        access=access,
     )
     if dry_run:
         return answers.plan_of(order, parameters, notes, len(store.leased_ports()), config)

@@ -83,6 +83,7 @@ class Order:
         sentinel: empty messages each ZeroMQ consumer gets at the end.
         quota: how much the owner may have at a time; None: as much as he likes.
         tags: names and values to find it by.
+        access: who may come to each side of its buffers (:data:`.readers.Access`); None: they ask nobody.
     """
 
     owner: Identity
@@ -99,6 +100,7 @@ class Order:
     sentinel: int = 0
     quota: QuotaConfig | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
+    access: Mapping[str, Any] | None = None
 
     @property
     def sha256(self) -> str:
@@ -223,6 +225,7 @@ class Store:
             spill=order.spill,
             sentinel=order.sentinel,
             tags=dict(order.tags),
+            access=None if order.access is None else dict(order.access),
             state=INITIAL.state.value,
             info="requested",
             jobndx=0,

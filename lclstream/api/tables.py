@@ -33,6 +33,8 @@ class TransferRow(Base):
         spill: whether its buffers keep in files what nobody pulls.
         sentinel: empty messages each ZeroMQ consumer gets at the end.
         tags: names and values to find it by.
+        access: who may come to each side of its buffers (:data:`.readers.Access`); None: whoever reaches them
+            and, with encrypted data sockets, has a certificate of an issuer they trust.
         state: a :class:`.State`.
         info: why it is in this state.
         jobndx: index of the job the last change came from.
@@ -61,6 +63,7 @@ class TransferRow(Base):
     spill: Mapped[bool] = mapped_column(default=False, server_default=false())
     sentinel: Mapped[int] = mapped_column(Integer, default=0, server_default="1")
     tags: Mapped[dict[str, str]] = mapped_column(JSON, default=dict, server_default="{}")
+    access: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True), default=None)
     state: Mapped[str] = mapped_column(String(32), index=True)
     info: Mapped[str] = mapped_column(Text)
     jobndx: Mapped[int] = mapped_column(Integer, default=0)

@@ -67,6 +67,7 @@ class Connection:
         self.name = name
         self._header = struct.Struct(">BQ" if ipc else ">Q")
         self._ipc = ipc
+        self._encrypted = isinstance(stream, ssl.SSLSocket)
 
     def introduce(self, protocol: int, peer_protocol: int) -> None:
         """Exchange handshakes.
@@ -84,7 +85,8 @@ class Connection:
                 what = "speaks ZeroMQ: use library zmq" if answer[0] == 0xFF else f"is no NNG socket (said {answer!r})"
                 raise WrongPeerError(f"{self.name} {what}")
         if len(answer) < 8:
-            raise ConnectionResetError(f"{self.name} closed the connection at once")
+            why = ": it has ended, or its list of logins does not name ours" if self._encrypted else ""
+            raise ConnectionResetError(f"{self.name} closed the connection at once{why}")
         (theirs,) = struct.unpack(">H", answer[4:6])
         if theirs != peer_protocol:
             does = _NAMES.get(theirs, f"has protocol number 0x{theirs:x}")

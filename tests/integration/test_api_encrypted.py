@@ -21,7 +21,7 @@ import yaml
 
 from lclstream.api.client import TransferClient
 from lclstream.api.models import TransferPhase, TransferStatus
-from lclstream.client import AddressError, WrongPeerError, pull
+from lclstream.client import AddressError, NoPeerError, WrongPeerError, pull
 from lclstream.client.batch import decode
 from lclstream.client.encryption import context_for
 from lclstream.jobs.client import JobClient
@@ -180,6 +180,38 @@ def test_strangers_get_nothing_and_are_told_why_and_the_analysis_gets_every_even
     assert info.buffer is not None
     assert {peer["subject"] for peer in info.buffer["peers"]} == {"engine", "alice"}
     assert info.buffer["refused"] >= 3
+
+
+def test_another_users_certificate_gets_nothing_and_the_owner_and_those_he_names_get_every_event(
+    site: Site,
+) -> None:
+    status = site.client.request(CONFIGURATION, ranks=1, readers=["batch"])
+    poll(lambda: site.client.info(status.id).phase.pullable, "a buffer to pull from")
+    assert [reader.partition("@")[0] for reader in site.client.info(status.id).readers or []] == ["alice", "batch"]
+
+    def context(login: str) -> ssl.SSLContext:
+        made = context_for([status.url], site.authority.member(login).folder, listen=False)
+        assert made is not None
+        return made
+
+    # Both have certificates of the very authority that signed those of alice and of the services.
+    for stranger in ("dave", "engine"):
+        with pytest.raises(NoPeerError, match="it has ended, or its list of logins does not name ours"):
+            pull(status.url, tls=context(stranger), connect_timeout_s=2).open()
+    with pull(status.url, tls=context("batch")) as batch, pull(status.url, tls=context("alice")) as alice:
+        messages = [*batch, *alice]
+    assert sum(decode(message).events for message in messages) == EVENTS
+    assert site.ended(status.id) is TransferPhase.done
+    buffer = site.client.info(status.id).buffer
+    assert buffer is not None
+    assert {peer["subject"] for peer in buffer["peers"]} == {"engine", "batch", "alice"}
+    turned_away = {(each["side"], each["login"], each["rule"]) for each in buffer["turned_away"]}
+    assert turned_away == {("out", "dave", "tls.consumers"), ("out", "engine", "tls.consumers")}
+    assert buffer["denied"] >= 2
+    (log,) = [
+        path.read_text() for path in (site.folder / "prefix").rglob("stderr.1") if "may not pull" in path.read_text()
+    ]
+    assert "dave, issued by " in log
 
 
 def test_a_user_of_another_site_gets_a_stream_with_the_certificate_this_site_signed_for_him(

@@ -189,7 +189,7 @@ def services(sites: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) ->
                 "credentials": str(s3df.member("transfer-api").folder),
                 "database": f"sqlite:///{folder}/transfers.sqlite",
                 "job_service": {"url": f"https://127.0.0.1:{s3df_jobs}"},
-                "ports": {"first": ports.start, "last": ports.stop - 1, "scheme": "tls+tcp"},
+                "ports": {"first": ports.start, "last": ports.stop - 1, "scheme": "tls+tcp", "readers": ["analysis"]},
                 "buffer": {"credentials": str(s3df.member("buffer").folder), "capacity": "64MiB", "grace_s": 0.5},
                 "poll_s": 1.0,
                 "status_s": 0.2,
