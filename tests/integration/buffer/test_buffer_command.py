@@ -125,6 +125,10 @@ def test_an_ipc_path_left_by_a_killed_buffer_is_taken_over_and_one_in_use_is_not
     _urls(third)
 
 
+CERTIFICATES = ["--tls-certificate", "c", "--tls-key", "k", "--tls-ca", "a"]
+WHO_MAY = [*CERTIFICATES, "--tls-producer", "engine", "--tls-consumer", "ada"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -135,6 +139,14 @@ def test_an_ipc_path_left_by_a_killed_buffer_is_taken_over_and_one_in_use_is_not
         (["--in", "tcp://127.0.0.1:0", "--out", "tcp://127.0.0.1:0", "--producers", "-1"], "producers"),
         (["--in", "tcp://127.0.0.1:0", "--out", "tcp://127.0.0.1:0", "--status", "http://0.0.0.0:1"], "https://"),
         (["--in", "tls+tcp://127.0.0.1:0", "--out", "tcp://127.0.0.1:0"], "--tls-certificate"),
+        (
+            ["--in", "tls+tcp://127.0.0.1:0", "--out", "tcp://127.0.0.1:0", *WHO_MAY],
+            "tls.consumers says who may come, but tcp://127.0.0.1:0 asks nobody",
+        ),
+        (
+            ["--in", "tcp://127.0.0.1:0", "--out", "tls+tcp://127.0.0.1:0", *WHO_MAY],
+            "tls.producers says who may come, but tcp://127.0.0.1:0 asks nobody",
+        ),
         (["--in", "ipc://relative", "--out", "tcp://127.0.0.1:0"], "absolute path"),
         (
             ["--in", "tcp://127.0.0.1:0", "--out", "tcp://127.0.0.1:0", "--summary", "/no/where"],

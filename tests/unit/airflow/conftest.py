@@ -101,6 +101,7 @@ class TransferService:
         self.first_phase = TransferPhase.requested
         self.on_no_consumer = ["wait", "spill"]
         self.asked_on_no_consumer: list[str] = []
+        self.readers: list[list[str]] = []
         self.requests: list[dict[str, Any]] = []
         self.url = ""
         self.app = self._app()
@@ -129,6 +130,7 @@ class TransferService:
             name: str = "",
             on_no_consumer: str = "wait",
             tag: Annotated[list[str] | None, Query()] = None,
+            reader: Annotated[list[str] | None, Query()] = None,
         ) -> TransferStatus:
             if self.failures:
                 raise HTTPException(self.failures.pop(0), "scripted")
@@ -138,6 +140,7 @@ class TransferService:
             key, config = request.headers.get("idempotency-key"), await request.json()
             self.requests.append({"key": key, "config": config, "lease_s": lease_s, "ranks": ranks, "name": name})
             self.asked_on_no_consumer.append(on_no_consumer)
+            self.readers.append(reader or [])
             for transfer in self.transfers.values():
                 if key is not None and transfer.key == key:
                     if transfer.config != config:

@@ -294,6 +294,13 @@ def test_a_stream_goes_into_files_where_the_service_can_do_that(transfers: Any, 
         transfer_operator(on_no_consumer="drop").execute(context)
 
 
+@pytest.mark.parametrize("readers", ["analysis batch@olcf", ["analysis", "batch@olcf"]])
+def test_the_service_is_told_who_may_pull(transfers: Any, context: dict[str, Any], readers: Any) -> None:
+    transfers.first_phase = TransferPhase.ready
+    transfer_operator(readers=readers, prompt_s=10).execute(context)
+    assert transfers.readers == [["analysis", "batch@olcf"]]
+
+
 def test_the_sensor_waits_in_the_triggerer(transfers: Any, context: dict[str, Any]) -> None:
     transfers.add()
     deferral = deferred(NNGBufferSensor(task_id="flow", transfer_id="1", until="flowing", lease_s="120"), context)
