@@ -96,7 +96,7 @@ class JobConfig(_Section):
 BUFFER_SCRIPT = """#!/bin/sh
 exec nngstream --name {name} --in {input} --out {output} --capacity {capacity} --producers {producers} \\
   --grace {grace_s} --drain {drain_s} --sentinel {sentinel} --status {status} \\
-  --tls-certificate {certificate} --tls-key {key} --tls-ca {ca} --summary {summary} {spill} {access}
+  --tls-certificate {certificate} --tls-key {key} --tls-ca {ca} --summary {summary} {access} {spill}
 """
 ENGINE_SCRIPT = """#!/bin/sh
 exec mpiexec -n {ranks} lclstreamer --config {config}
