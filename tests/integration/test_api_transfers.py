@@ -581,7 +581,7 @@ def test_what_makes_no_sense_is_told_before_anything_starts(
         squatter.listen()
         port = str(squatter.getsockname()[1])
         attempts = {
-            "credentials: Field required": (2, start("lclstream", "api")),
+            "credentials: is missing": (2, start("lclstream", "api")),
             "does not exist": (2, start("lclstream", "api", *common, "--credentials", tmp_path / "none")),
             "cannot listen at": (3, start("lclstream", "api", *common, "--port", port, cwd=tmp_path)),
             "database cannot be opened": (3, start("lclstream", "api", *common, "--database", f"sqlite:///{folder}")),
