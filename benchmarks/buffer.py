@@ -32,6 +32,7 @@ from typing import Any
 
 import psutil
 from buffer_load import BLOCK, READ, check, clock, connect, consume, exactly, fork, produce, produce_at, started, wait
+from stopping import stop_on_signals
 
 from nngstream.wire import zmtp
 
@@ -414,4 +415,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    stop_on_signals()
     main()

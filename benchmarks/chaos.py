@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from stopping import stop_on_signals
+
 #: Sub-command -> the module that does it (`add_arguments`, `main`), and the counts that must be zero.
 COMMANDS = {
     "arp": ("chaos_arp", ("lost", "duplicated")),
@@ -58,4 +60,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    stop_on_signals()
     sys.exit(main())

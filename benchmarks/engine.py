@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 import yaml
 from pull_sink import sink
+from stopping import stop_on_signals
 
 POOL = 8
 HERE = Path(__file__).resolve()
@@ -367,4 +368,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         child(*sys.argv[2:9])
     else:
+        stop_on_signals()
         main()

@@ -25,6 +25,7 @@ from typing import Any
 from airflow_site import AirflowSite, airflow_site, wait_for
 from confluent_kafka import Consumer, TopicPartition
 from private_postgres import private_postgres
+from stopping import stop_on_signals
 
 from lclstream.elog.client import ElogClient
 
@@ -236,4 +237,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    stop_on_signals()
     sys.exit(main())

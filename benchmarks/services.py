@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from slurm_site import NoSlurmError, Slurm
+from stopping import stop_on_signals
 from transfer_site import Consumer, Site, discard, engine_config, scratch, wait_until
 
 from lclstream.api.client import TransferClient
@@ -365,4 +366,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    stop_on_signals()
     sys.exit(main())

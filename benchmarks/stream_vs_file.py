@@ -38,6 +38,7 @@ from typing import IO, Any
 import numpy as np
 import yaml
 from numpy.typing import NDArray
+from stopping import stop_on_signals
 
 HERE = Path(__file__).resolve()
 #: Frames of a scan: the square of its side.
@@ -350,4 +351,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         child(*sys.argv[2:4])
     else:
+        stop_on_signals()
         main()
