@@ -97,11 +97,15 @@ class _Script:
         if "nodes" not in environment:
             environment["nodes"] = os.environ.get("SLURM_JOB_NUM_NODES", "1")
         self._runner = os.getpid()
+        ignored = [number for number in signal.valid_signals() if signal.getsignal(number) is signal.SIG_IGN]
 
         def in_child() -> None:
             # The runner blocks the signals it waits for; the script must not inherit that. And it dies with its
             # runner, because nobody else would enforce its duration.
             signal.pthread_sigmask(signal.SIG_SETMASK, [])
+            # A service started in the background by a shell ignores Ctrl-C; its jobs must not.
+            for number in ignored:
+                signal.signal(number, signal.SIG_DFL)
             libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
         log = Path(plan["log"])

@@ -180,4 +180,5 @@ def test_a_wrong_revocation_list_keeps_a_service_from_starting(run: Callable[...
     (folder / "revoked.yaml").write_text("- {serial: 12}")
     service = run()
     assert service.wait() != 0
-    assert "revoked.yaml: 0.serial" in service.output()
+    assert "revoked.yaml" in service.output()
+    assert "`serial` (hexadecimal, in quotes)" in service.output()

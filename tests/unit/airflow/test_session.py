@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -28,7 +29,9 @@ from lclstream_airflow.operators.session import (
 )
 from lclstream_airflow.sensors.session import SessionEndSensor
 
-PROGRAM = "#!/bin/sh\nexec lclstream session -- sh -c 'case $LCLSTREAM_RUN in 1) ;; 2) exit 4;; *) sleep 60;; esac'"
+PROGRAM = f"""#!/bin/sh
+exec {sys.executable} -m lclstream.cli session -- sh -c 'case $LCLSTREAM_RUN in 1) ;; 2) exit 4;; *) sleep 60;; esac'
+"""
 
 
 @pytest.fixture(autouse=True)
