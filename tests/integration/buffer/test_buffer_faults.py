@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import socket
@@ -463,6 +464,8 @@ def test_ten_thousand_connections_that_come_and_go_leave_nothing(run_buffer, wai
     count = 10_000
     running = run_buffer(producers=count, sentinel=1)
     ports = {role: int(url.rpartition(":")[2]) for role, url in (("PUSH", running.inp), ("PULL", running.out))}
+    # What earlier tests of this process have left may end meanwhile: fewer are no leak.
+    gc.collect()
     threads, files = threading.active_count(), _files()
     memory = 0
     for number in range(count):
@@ -470,10 +473,10 @@ def test_ten_thousand_connections_that_come_and_go_leave_nothing(run_buffer, wai
         role = "PUSH" if number % 2 else "PULL"
         _visit(ports[role], role, what, answered=answered, reset=number % 4 > 1)
         if number == 500:  # code and caches are there now
-            wait_until(lambda: threading.active_count() == threads, 20, "end of all threads")
+            wait_until(lambda: threading.active_count() <= threads, 20, "end of all threads")
             memory = _memory()
-    wait_until(lambda: threading.active_count() == threads, 20, "end of all threads")
-    wait_until(lambda: _files() == files, 20, "closing of all files")
+    wait_until(lambda: threading.active_count() <= threads, 20, "end of all threads")
+    wait_until(lambda: _files() <= files, 20, "closing of all files")
     assert _memory() - memory < 20 << 20
     status = running.status()
     assert status["producers"] == status["consumers"] == 0
