@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,14 +17,19 @@ PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "stream_vs_file.p
 
 
 @pytest.fixture(scope="module")
-def program() -> ModuleType:
+def program() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(PROGRAM.parent))  # as when it is started: it imports what lies beside it
     spec = importlib.util.spec_from_file_location("stream_vs_file", PROGRAM)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
+    try:
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.path.remove(str(PROGRAM.parent))
+        del sys.modules[spec.name]
 
 
 def test_whole_scans_have_the_sizes_that_were_published(program: Any) -> None:
