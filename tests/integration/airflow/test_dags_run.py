@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,12 @@ exec lclstream session -- python3 "$PWD/analyse.py"
 """
 
 
-def run_dag(dag_id: str, conf: dict[str, Any], **pauses: Any) -> Any:
-    """The DAG run; `pauses` are attributes of tasks that have them, so that nobody waits for the sake of waiting."""
+def run_dag(dag_id: str, conf: dict[str, Any], order: Sequence[str] = (), **pauses: Any) -> Any:
+    """The DAG run; `pauses` are attributes of tasks that have them, so that nobody waits for the sake of waiting.
+
+    `dag.test` runs one task after the other, those that could run at once in any order: `order` names tasks of which
+    one has to end before the next begins.
+    """
     from airflow.dag_processing.dagbag import DagBag
 
     dag = DagBag(dag_folder=str(Path(__file__).resolve().parents[3] / "dags" / f"{dag_id}.py")).dags[dag_id]
@@ -43,6 +47,8 @@ def run_dag(dag_id: str, conf: dict[str, Any], **pauses: Any) -> Any:
         for name, value in pauses.items():
             if hasattr(task, name):
                 setattr(task, name, value)
+    for earlier, later in itertools.pairwise(order):
+        dag.set_dependency(earlier, later)
     return dag.test(logical_date=None, run_conf=conf)
 
 
@@ -146,11 +152,11 @@ def acquire(facility: Any, config: dict[str, Any], run: int, folder: Path) -> An
                 "psik_conn_id": "psik_olcf",
             },
         },
+        # Nothing is complete before somebody has taken it.
+        order=("analyse", "stream_complete"),
     )
 
 
-@pytest.mark.soak
-@pytest.mark.skipif("LCLSTREAM_SOAK" not in os.environ, reason="needs the machine for itself: set LCLSTREAM_SOAK=1")
 def test_acquisitions_go_into_the_open_session_and_otherwise_to_disk(
     facility: Any, stream_config: Callable[[int], dict[str, Any]], tmp_path: Path, until: Callable[..., float]
 ) -> None:
@@ -178,8 +184,6 @@ def test_acquisitions_go_into_the_open_session_and_otherwise_to_disk(
     until(lambda: not facility.running(), 20, "end of all jobs")
 
 
-@pytest.mark.soak
-@pytest.mark.skipif("LCLSTREAM_SOAK" not in os.environ, reason="needs the machine for itself: set LCLSTREAM_SOAK=1")
 def test_a_session_holds_its_nodes_until_the_logbook_ends_it(facility: Any, until: Callable[..., float]) -> None:
     failures: list[BaseException] = []
 
