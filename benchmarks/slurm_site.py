@@ -161,11 +161,19 @@ def _end(folder: Path) -> None:
             process.kill()
     for process in psutil.process_iter():
         try:
-            if process.pid != os.getpid() and process.environ().get("SLURM_CONF") == str(folder / "slurm.conf"):
+            if process.pid != os.getpid() and _is_of_a_job(process, str(folder / "slurm.conf")):
                 process.kill()
         except psutil.Error:
             continue
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_of_a_job(process: psutil.Process, configuration: str) -> bool:
+    """Whether it belongs to a job of this cluster; who only sends jobs here, as our services do, is left alone."""
+    environment = process.environ()
+    return environment.get("SLURM_CONF") == configuration and (
+        "SLURM_JOB_ID" in environment or process.name() == "slurmstepd"
+    )
 
 
 def _two_ports() -> tuple[int, int]:

@@ -116,8 +116,11 @@ class Outlet:
             self._write([batch.block.view[batch.begin : batch.stop]])
         else:
             ends = self._send_translated(batch)
-        written = self._written - before
-        whole = bisect_right(ends, written)
+        written = taken = self._written - before
+        if self._error is not None:
+            # An encrypted write that failed has gone out in part all the same, and the consumer has read that part.
+            taken = max(written, self._stream.acknowledged(self._written) - before)
+        whole = bisect_right(ends, taken)
         # At most once: what may have gone out in part, or unseen, is not given to anybody else.
         begun = bisect_left(ends, written + self._uncertain) + 1 if written + self._uncertain else 0
         self._settle(batch, ends, before, whole, max(0, min(begun, len(ends)) - whole))
@@ -169,7 +172,7 @@ class Outlet:
 
     def _count_unacknowledged(self) -> None:
         """Messages of which the consumer's kernel has not taken every byte are lost with it."""
-        messages, nbytes = self._recent.beyond(self._written - self._stream.unacknowledged())
+        messages, nbytes = self._recent.beyond(self._stream.acknowledged(self._written))
         if messages:
             self._peer.messages -= messages
             self._peer.bytes -= nbytes

@@ -24,6 +24,10 @@ _KEEPALIVE_IDLE_S, _KEEPALIVE_INTERVAL_S, _KEEPALIVE_COUNT = 30, 10, 3
 _UNACKNOWLEDGED_MS = 60_000
 #: First byte of the kernel's TCP_INFO, while neither side has closed.
 _ESTABLISHED = 1
+#: Where `tcpi_bytes_acked` is in it (linux/tcp.h, since Linux 4.1).
+_BYTES_ACKED = struct.Struct("=120xQ")
+#: Most payload in a TLS record, and more than any cipher of TLS 1.2 and 1.3 adds to it.
+_RECORD, _RECORD_OVERHEAD = 16384, 96
 
 
 class Stream:
@@ -133,8 +137,12 @@ class Stream:
         except OSError:
             return b""
 
-    def unacknowledged(self) -> int:
-        """Bytes written that the peer's kernel has not taken yet; also after the connection broke."""
+    def acknowledged(self, written: int) -> int:
+        """Of the first `written` bytes given to :meth:`send`, those the peer's kernel surely has; also after an error."""
+        return written - self._unacknowledged()
+
+    def _unacknowledged(self) -> int:
+        """Bytes in our kernel that the peer's kernel has not taken yet; also after the connection broke."""
         if self.ipc:
             return 0  # what is written lies in the peer's socket at once
         answer = fcntl.ioctl(self.sock, termios.TIOCOUTQ, b"\0\0\0\0")
@@ -158,7 +166,7 @@ class Stream:
         left, progress = -1, time.monotonic()
         while True:
             now, before = time.monotonic(), left
-            left = self.unacknowledged()
+            left = self._unacknowledged()
             if left != before:
                 progress = now
             if now - progress > (patience_s if left else min(1.0, patience_s)) or self._interrupted:
@@ -191,6 +199,7 @@ class TlsStream(Stream):
     def __init__(self, sock: ssl.SSLSocket, address: str) -> None:
         super().__init__(sock, address)
         self.subject = common_name(sock)
+        self._before = 0  # encrypted bytes of this connection before the last write, at least
 
     def send(self, pieces: Sequence[bytes | memoryview]) -> int:
         """See :meth:`Stream.send`; small pieces are joined, since each write is a record of its own."""
@@ -205,11 +214,27 @@ class TlsStream(Stream):
         return self._send_one(joined)
 
     def _send_one(self, data: bytearray | memoryview) -> int:
+        # In this order: what is acknowledged between the two counts twice, and never too little.
+        self._before = self._unacknowledged() + self._taken()
         try:
             return self.sock.send(data)
         except OSError:
             self.uncertain = len(data)
             raise
+
+    def acknowledged(self, written: int) -> int:
+        """See :meth:`Stream.acknowledged`; of a write that failed the peer may have taken a part, and read it."""
+        known = super().acknowledged(written)
+        if self.uncertain:
+            beyond = self._taken() - self._before  # encrypted bytes of the write that failed, if it is positive
+            if beyond > 0:
+                beyond = max(0, beyond - _RECORD_OVERHEAD * -(-self.uncertain // _RECORD))
+            known = max(known, written + min(beyond, self.uncertain))
+        return known
+
+    def _taken(self) -> int:
+        """Encrypted bytes of this connection, handshake included, that the peer's kernel has taken."""
+        return int(_BYTES_ACKED.unpack_from(self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256))[0])
 
     def send_now(self, data: bytes) -> None:
         """Nothing: over TLS only our own buffers speak ZMTP, and they send no heartbeats."""

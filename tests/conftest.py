@@ -55,6 +55,7 @@ class Child:
 
     def __init__(self, command: list[str], log: Path, env: dict[str, str] | None, cwd: Path | None) -> None:
         self.log = log
+        self._stopped = False
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 command,
@@ -89,13 +90,15 @@ class Child:
         self.process.send_signal(number)
 
     def stop(self, timeout: float = 15) -> int:
-        """SIGTERM, then a bounded wait, then SIGKILL for the whole group."""
-        if self.process.poll() is None:
-            self.process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(timeout)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        """SIGTERM, then a bounded wait, then SIGKILL for the whole group; without effect when called again."""
+        if not self._stopped:
+            self._stopped = True
+            if self.process.poll() is None:
+                self.process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(timeout)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
         return self.process.wait(timeout)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,15 @@ EXAMPLE = Path(__file__).resolve().parents[3] / "docs" / "examples" / "airflow_t
 
 
 @pytest.fixture(scope="module")
-def nersc(slurm: Path, make_superfacility: Callable[..., Any]) -> Any:
+def nersc(slurm: Path, make_superfacility: Callable[..., Any]) -> Iterator[Any]:
     machine = {
         "type": "slurm", "poll_s": 0.3, "kill_grace_s": 1, "allow_attributes": ["--partition", "--nice"],
     }  # fmt: skip
     service = make_superfacility(machine, {"SLURM_CONF": str(slurm)}, ignore_options=["--account", "--constraint"])
     service.home.mkdir(parents=True, exist_ok=True)
-    return service
+    yield service
+    # Before its cluster.
+    assert service.stop() == 0, service.child.output()[-4000:]
 
 
 def ask(service: Any, work: Callable[[SuperfacilityClient], Any]) -> Any:

@@ -19,13 +19,19 @@ FORMATS = [sp.SP, sp.SP_IPC, zmtp.ZMTP]
 
 
 class BreakingStream:
-    """Takes `room` bytes, in pieces of at most `step`, then breaks; of these the consumer's kernel has `taken`."""
+    """Takes `room` bytes, in pieces of at most `step`, then breaks, with `uncertain` bytes begun and `beyond` arrived.
 
-    def __init__(self, room: int, step: int, uncertain: int = 0, error: type[BaseException] = ConnectionError) -> None:
+    `left` bytes of what it took lie in our kernel.
+    """
+
+    def __init__(
+        self, room: int, step: int, uncertain: int = 0, beyond: int = 0, error: type[BaseException] = ConnectionError
+    ) -> None:
         self.data = b""
         self.room = room
         self.step = step
         self.uncertain = uncertain
+        self.beyond = beyond
         self.error = error
         self.left = 0
 
@@ -36,8 +42,8 @@ class BreakingStream:
         self.data += data
         return len(data)
 
-    def unacknowledged(self) -> int:
-        return self.left
+    def acknowledged(self, written: int) -> int:
+        return written - self.left + self.beyond
 
 
 def encode(wire: Format, messages: list[list[bytes]]) -> tuple[bytes, array[int]]:
@@ -70,16 +76,17 @@ def outlet(fifo: Fifo, stream: BreakingStream, wire: Format) -> tuple[Outlet, Si
     sizes=st.lists(st.integers(0, 400), min_size=1, max_size=12),
     room=st.integers(0, 3000),
     step=st.integers(1, 700),
-    uncertain=st.sampled_from([0, 0, 100]),
+    uncertain=st.sampled_from([(0, 0), (0, 0), (100, 0), (600, 400), (900, 900)]),
 )
 def test_a_connection_that_breaks_at_any_byte_gives_nothing_twice(source, target, sizes, room, step, uncertain):
+    uncertain, beyond = uncertain
     pool, fifo = Pool(1 << 20), Fifo()
     messages = [[bytes([number]) * size] for number, size in enumerate(sizes)]
     give(fifo, pool, source, messages)
     data, ends = encode(target, messages)
-    stream = BreakingStream(min(room, len(data)), step, uncertain)
+    stream = BreakingStream(min(room, len(data)), step, uncertain, beyond)
     made, peer = outlet(fifo, stream, target)
-    whole = [end for end in ends if end <= stream.room]
+    whole = [end for end in ends if end <= stream.room + beyond]
     assume(len(whole) < len(ends))
     with pytest.raises(ConnectionError):
         made.run(lambda: None)
