@@ -1,6 +1,6 @@
 """A producer's connection: bytes in, batches out to the queue.
 
-One thread owns an inlet and everything in it. Small messages are taken by the read (512 kB), all whole ones of a
+One thread owns an inlet and everything in it. Small messages are taken by the read (1 MiB), all whole ones of a
 read as one batch; a message larger than half a read gets a slab of its own and is received straight into it.
 """
 

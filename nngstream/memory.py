@@ -23,7 +23,7 @@ from nngstream.errors import InterruptedWaitError, OversizeError
 #: Charged for each batch beside its bytes: the Python objects that describe it.
 BATCH_OVERHEAD = 512
 #: Largest read of small messages at once, in bytes.
-CHUNK = 512 * 1024
+CHUNK = 1024 * 1024
 _HUGE = 2 * 1024 * 1024
 #: Producers that wait go on when this part of the capacity is free: 1/16.
 _LET_IN = 16
