@@ -138,7 +138,7 @@ class Stream:
             return b""
 
     def acknowledged(self, written: int) -> int:
-        """Of the first `written` bytes given to :meth:`send`, those the peer's kernel surely has; also after an error."""
+        """Of the first `written` bytes given to :meth:`send`, those the peer's kernel surely has, also after errors."""
         return written - self._unacknowledged()
 
     def _unacknowledged(self) -> int:
