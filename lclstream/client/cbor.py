@@ -1,9 +1,8 @@
-"""What both Simplon formats are made of: one CBOR item a message, and DECTRIS' compression."""
+"""What both Simplon formats are made of: one CBOR item a message, and images as bytes."""
 
 from __future__ import annotations
 
 import io
-import struct
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,10 +11,6 @@ import numpy.typing as npt
 
 from lclstream.client.errors import MessageError
 
-#: LZ4 makes at most 255 bytes of one; a message that claims more is damaged, and must not cost the memory it claims.
-_LARGEST_RATIO = 255
-_UNCOMPRESSED_TAIL = 4096
-_ALGORITHMS = ("bslz4", "lz4")
 _INT64 = np.iinfo(np.int64)
 
 
@@ -116,38 +111,6 @@ def read_map(data: bytes, name: str) -> dict[Any, Any]:
     if not isinstance(values, dict):
         raise MessageError(f"{name} is CBOR, but {type(values).__name__} and not a map")
     return values
-
-
-def decompress(data: bytes, algorithm: str, itemsize: int, name: str) -> bytes:
-    """DECTRIS compression with its header of 12 bytes: size and block size.
-
-    Args:
-        data: header and compressed blocks.
-        algorithm: ``bslz4`` or ``lz4``.
-        itemsize: bytes of one element.
-        name: what to call the message in errors.
-
-    Raises:
-        MessageError: the algorithm is another, the data are damaged, or dectris-compression is not installed.
-    """
-    if algorithm not in _ALGORITHMS:
-        raise MessageError(f"{name} is compressed with {shown(algorithm)}; known are {', '.join(_ALGORITHMS)}")
-    if len(data) < 12:
-        raise MessageError(f"{name}: {len(data)} bytes of compressed data are less than their header")
-    (size,) = struct.unpack_from(">Q", data)
-    if size > _LARGEST_RATIO * len(data) + _UNCOMPRESSED_TAIL:
-        raise MessageError(f"{name}: {len(data)} bytes of compressed data cannot hold the {size} they claim")
-    try:
-        from dectris import compression
-    except ImportError as error:
-        raise MessageError(
-            f"{name} is compressed, and reading it needs dectris-compression: pip install 'lclstream[stream]'"
-        ) from error
-    try:
-        plain = compression.decompress(data, algorithm, elem_size=itemsize)
-    except (RuntimeError, ValueError, MemoryError, OverflowError) as error:
-        raise MessageError(f"{name}: the compressed data are damaged ({error})") from error
-    return bytes(plain)
 
 
 def array_of(data: bytes, dtype: np.dtype[Any], shape: tuple[int, ...], name: str) -> npt.NDArray[Any]:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from lclstream.client.batch import Array, Batch
-from lclstream.client.cbor import Content, array_of, decompress, named, read_map, shown
+from lclstream.client.cbor import Content, array_of, named, read_map, shown
+from lclstream.client.compression import decompress
 from lclstream.client.errors import MessageError
 
 FORMAT = "simplon-1.8"

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from lclstream.client.batch import Array, Batch
-from lclstream.client.cbor import Content, array_of, decompress, named, read_map, shown
+from lclstream.client.cbor import Content, array_of, named, read_map, shown
+from lclstream.client.compression import decompress
 
 FORMAT = "simplon-v2"
 #: Tag 55799, "this is CBOR", with which DECTRIS' own detectors begin their messages.
