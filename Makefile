@@ -1,4 +1,4 @@
-# `make demo` and `make test` work on a machine with Python >= 3.11, git and make: no root, no Docker, no compiler.
+# `make demo` and `make test` work on a machine with Python 3.11 to 3.13, git and make: no root, no Docker, no compiler.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -23,8 +23,9 @@ help:
 	@echo "make clean   delete $(VENV) and everything built"
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "$(PYTHON) is older than Python 3.11: make PYTHON=/path/to/python3.11 ..." >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+	  { echo "$(PYTHON) is no Python 3.11, 3.12 or 3.13, for which psana has packages:" \
+	    "make PYTHON=/path/to/python3.11 ..." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV) || \
 	  { echo "$(PYTHON) cannot make virtual environments: on Debian and Ubuntu install python3-venv" >&2; exit 2; }
 
