@@ -318,8 +318,9 @@ def _decoded(messages: Iterable[bytes]) -> Iterator[tuple[bytes, Batch | None]]:
             waiting.append(message)
         elif message[:1] == b"c" or not batches:
             yield message, None
-            yield from zip(waiting, batches, strict=True)
-            waiting.clear()
+            if batches:  # a stop message may come before the start message, or without one
+                yield from zip(waiting, batches, strict=True)
+                waiting.clear()
         else:
             yield message, batches[0]
     decoder.end()

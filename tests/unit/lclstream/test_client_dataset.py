@@ -306,6 +306,22 @@ def test_simplon_images_without_their_start_message_leave_the_cache_incomplete(m
     assert dataset.cached_events == 0
 
 
+@pytest.mark.parametrize("begun", ["never", "afterwards"])
+def test_simplon_images_whose_series_is_stopped_before_it_was_started_wait_for_its_start(make, begun):
+    dataset, url = make()
+    messages = simplon("1.8", 6)
+    images = [one for one in messages if one[:1] == b"m"]
+    start, stop = (one for one in messages if one[:1] == b"c")
+    # The last rank of the engine sends its stop message even when it had no event, and then it has sent no start.
+    with streamed(url, [*images, stop, *([start] if begun == "afterwards" else [])]):
+        if begun == "afterwards":
+            assert sorted(contents(dataset)) == list(range(6))
+        else:
+            with pytest.raises(StreamError, match="no start message"):
+                dataset.fill()
+    assert dataset.complete is (begun == "afterwards")
+
+
 @pytest.mark.parametrize("named", ["by the caller", "by the environment"])
 def test_an_encrypted_stream_is_read_with_our_certificate(named, sites, tmp_path, free_port, monkeypatch):
     url = f"tls+tcp://127.0.0.1:{free_port()}"
