@@ -22,6 +22,10 @@ With PyTorch, which this module does not need, workers read a filled cache in sh
 
     frames = Frames(...); frames.fill()       # once, before the workers start
     loader = torch.utils.data.DataLoader(frames, batch_size=None, num_workers=4)
+    for epoch in range(10):
+        frames.set_epoch(epoch)               # for `shuffle_seed`: the workers live for one epoch and cannot count
+        for batch in loader:
+            ...
 
 A cache is a folder ``<cache_dir>/<key>`` with the files ``000000.h5`` and so on (messages as they came; ``.cbor`` for
 the Simplon formats, with ``head-000000.cbor`` for what begins and ends a series and says what its images are),
@@ -72,7 +76,8 @@ class StreamDataset:
         library: protocol of the stream.
         timeout_s: longest silence of the stream, in seconds.
         ranks: MPI ranks of the engine; None: the service's default.
-        shuffle_seed: order the messages of a complete cache anew in each epoch, reproducibly; None: as they came.
+        shuffle_seed: order the messages of a complete cache anew in each epoch, reproducibly; None: as they came. With
+            workers call :meth:`set_epoch`.
 
     Raises:
         CacheError: arguments that do not go together, or a configuration that cannot be read.
@@ -109,6 +114,18 @@ class StreamDataset:
         self._shuffle_seed = shuffle_seed
         self._epoch = 0
         self._decoders: dict[int, Decoder] = {}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch comes next, for its order with `shuffle_seed`.
+
+        A data set counts the epochs it gives itself. Workers that live for one epoch, as those of a DataLoader without
+        ``persistent_workers``, begin each time with the count of the data set they were copied from: without this call
+        all epochs would have the same order. Workers that stay count themselves, and do not hear of it.
+
+        Args:
+            epoch: its number; the same number gives the same order.
+        """
+        self._epoch = epoch
 
     @property
     def complete(self) -> bool:
@@ -318,8 +335,9 @@ def _decoded(messages: Iterable[bytes]) -> Iterator[tuple[bytes, Batch | None]]:
             waiting.append(message)
         elif message[:1] == b"c" or not batches:
             yield message, None
-            yield from zip(waiting, batches, strict=True)
-            waiting.clear()
+            if batches:  # a stop message may come before the start message, or without one
+                yield from zip(waiting, batches, strict=True)
+                waiting.clear()
         else:
             yield message, batches[0]
     decoder.end()

@@ -22,7 +22,7 @@ from lclstream.client.encryption import context_for
 from lclstream.client.errors import NoPeerError, StreamTimeout, TransferError
 from lclstream.client.pulling import CONNECT_TIMEOUT_S, TIMEOUT_S, Puller, pull
 from lclstream.client.statistics import Statistics
-from lclstream.security.errors import PeerError, ServiceError
+from lclstream.security.errors import AuthenticationError, PeerError, ServiceError
 
 _log = logging.getLogger(__name__)
 #: Seconds between two looks at the transfer, and between two looks of the reader at what was seen.
@@ -94,15 +94,17 @@ class Transfer:
     def _requested(self) -> TransferStatus:
         deadline = time.monotonic() + _REQUEST_S
         pause = 0.5
+        taken = False
         while True:
             try:
                 # The same key each time: an answer that was lost does not start a second transfer.
                 return self._api.request(
                     self._config, lease_s=self._lease_s, ranks=self._ranks, idempotency_key=self._key
                 )
-            except ServiceError as error:
-                if not error.retry or time.monotonic() + pause > deadline:
+            except PeerError as error:
+                if not _ask_again(error, taken) or time.monotonic() + pause > deadline:
                     raise
+                taken = True
                 _log.warning("%s; asking again", error)
             with self._interruptible():
                 time.sleep(pause)
@@ -222,3 +224,20 @@ class Transfer:
             self._leaving.wait(pause)
             pause = min(2 * pause, 2.0)
         self._check()
+
+
+def _ask_again(error: PeerError, taken: bool) -> bool:
+    """Whether to repeat the request for a transfer.
+
+    Args:
+        error: why there is no answer.
+        taken: whether the service may have taken an earlier try. It may then be running the transfer, which nobody
+            would read or cancel: a service that restarts meanwhile is waited for, one that never was there is not.
+    """
+    if isinstance(error, AuthenticationError):
+        # A connection that is closed before the first answer mostly means that our certificate is refused, and then
+        # it is closed again; a service that was killed does not do it twice.
+        return error.answer_lost and not taken
+    if isinstance(error, ServiceError):
+        return error.retry
+    return error.retry and (error.answer_lost or taken)

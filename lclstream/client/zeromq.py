@@ -29,6 +29,13 @@ from lclstream.client.statistics import Statistics
 #: Seconds without a message after which a connection that has closed counts as read to its end.
 DRAINED_S = 0.25
 _RECONNECT_MS = (100, 5000)
+#: In seconds, as at the buffer.
+_KEEPALIVE = {
+    int(zmq.TCP_KEEPALIVE): 1,
+    int(zmq.TCP_KEEPALIVE_IDLE): 30,
+    int(zmq.TCP_KEEPALIVE_INTVL): 10,
+    int(zmq.TCP_KEEPALIVE_CNT): 3,
+}
 _SLICE_MS, _DRAINING_MS = 250, 50
 _FAILED = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 _EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | _FAILED
@@ -89,9 +96,11 @@ def _link(context: zmq.Context[Any], kind: int, address: Address, *, listen: boo
             socket.setsockopt(option, value)
         socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS[0])
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, _RECONNECT_MS[1])
-        # A machine that vanished never closes its connections.
-        socket.setsockopt(zmq.HEARTBEAT_IVL, 10_000)
-        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 60_000)
+        # A machine that vanished never closes its connections: TCP finds out within a minute. ZeroMQ's own heartbeats
+        # would lose data: a reader that pauses with a full queue never sees the answer to its own, and ends a healthy
+        # connection; and an answer that meets a sender which has closed makes its kernel drop what had not left.
+        for option, value in _KEEPALIVE.items():
+            socket.setsockopt(option, value)
         if ":" in address.host:
             socket.setsockopt(zmq.IPV6, 1)
         monitor = socket.get_monitor_socket(_EVENTS)

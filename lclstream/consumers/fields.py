@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lclstream.client.batch import Batch
+
 Array = npt.NDArray[Any]
 _ENERGY_WORDS = ("energy", "gmd", "gdet", "pulse", "intensity", "joule", "ipm")
-_MISSING = "_missing"
+_MISSING, _OFFSETS = "_missing", "_offsets"
 
 
 class FieldError(ValueError):
@@ -42,12 +44,23 @@ def choose(
 
     The image is the dataset with the most bytes an event that has at least two axes; the scalar a floating dataset
     with one axis, preferably with a name such as ``energy`` or ``gmd``; the timestamp the engine's ``…_ns`` dataset,
-    else a float whose name has ``time`` in it.
+    else a float whose name has ``time`` in it. Ragged data have no value an event, and are never chosen.
 
     Raises:
-        FieldError: a named dataset is missing or has the wrong shape.
+        FieldError: a named dataset is missing, is ragged, or has the wrong shape.
+        MessageError: offsets beside a dataset cannot be right.
     """
-    data = {path: array for path, array in arrays.items() if array.dtype.kind in "biuf" and not path.endswith(_MISSING)}
+    batch = arrays if isinstance(arrays, Batch) else Batch(dict(arrays), {})
+    ragged = {path for path in batch if batch.is_ragged(path)}
+    beside = {f"{path}{_OFFSETS}" for path in ragged}
+    for option, named in (("--image", image), ("--scalar", scalar), ("--timestamp", timestamp)):
+        if named is not None and _rooted(named) in ragged:
+            raise FieldError(f"{option} {named} is ragged: it has no single value an event; name another dataset")
+    data = {
+        path: array
+        for path, array in arrays.items()
+        if array.dtype.kind in "biuf" and not path.endswith(_MISSING) and path not in ragged and path not in beside
+    }
     if timestamp is not None:
         timestamp = _named(data, timestamp, "--timestamp", axes=(1,))
         companion = f"{timestamp}_ns"
@@ -73,8 +86,12 @@ def choose(
     return Fields(image, scalar, time or None, exact)
 
 
+def _rooted(path: str) -> str:
+    return path if path.startswith("/") else f"/{path}"
+
+
 def _named(data: Mapping[str, Array], path: str, option: str, *, axes: tuple[int, ...]) -> str:
-    path = path if path.startswith("/") else f"/{path}"
+    path = _rooted(path)
     if path not in data:
         raise FieldError(f"{option} {path}: the messages have only {', '.join(sorted(data)) or 'no numeric dataset'}")
     if data[path].ndim not in axes:

@@ -57,7 +57,7 @@ def follow(puller: Puller, analysis: Analysis, *, report: Callable[[], str] = st
 
     Args:
         puller: an unopened puller; it is closed afterwards.
-        analysis: gets every message; what it raises as ValueError ends the run as *unreadable*.
+        analysis: gets every message; what it raises ends the run as *unreadable*.
         report: more words for the progress lines.
     """
     began = time.monotonic()
@@ -92,6 +92,10 @@ def follow(puller: Puller, analysis: Analysis, *, report: Callable[[], str] = st
             outcome = Outcome(False, str(error), 3)
         except (StreamError, ValueError) as error:
             outcome = Outcome(False, str(error), 1)
+        except Exception as error:
+            # An analysis that trips over one message must not cost the results of all before it.
+            _log.exception("the analysis failed")
+            outcome = Outcome(False, f"the analysis failed: {type(error).__name__}: {error}", 1)
         else:
             outcome = Outcome(True, None, 0)
         finally:

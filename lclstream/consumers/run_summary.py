@@ -71,7 +71,7 @@ class RunSummary:
 
     Attributes:
         fields: which datasets are used; None before the first batch.
-        sum_image: float64, shape of one event: sum over events; None without a detector.
+        sum_image: float64, shape of one event: sum over events; None before the first image.
         max_image: the brightest value of each pixel, in the detector's dtype.
         image_events: events that had an image.
         peaks: histogram of peaks an event; `energy`: of the scalar; `course`: events, peaks, hits and energy against
@@ -192,7 +192,10 @@ class RunSummary:
         path = self.fields.scalar
         if path is None or path not in batch:
             return np.full(count, np.nan)
-        return batch[path].astype(np.float64)
+        energy = batch[path].astype(np.float64)
+        # What stands for a missing integer, such as -999, looks like a value.
+        energy[batch.missing(path)] = np.nan
+        return energy
 
     def _images(self, batch: Batch, count: int) -> npt.NDArray[np.int64]:
         """Add the images; returns the number of peaks of each event, -1 where there is no image."""
@@ -206,14 +209,12 @@ class RunSummary:
         if self.gain is not None and self.gain.masked:
             images, switched = gain.split(images)
             self.switched_pixels += switched
-        if self.sum_image is None or self.max_image is None:
-            self.sum_image = np.zeros(images.shape[1:])
-            self.max_image = images[0].copy()
-        missing = batch.get(f"{path}_missing")
-        present = np.ones(count, bool) if missing is None else missing == 0
+        present = ~batch.missing(path)
         peaks = np.full(count, -1, np.int64)
         for number in np.nonzero(present)[0]:
             image = images[number]
+            if self.sum_image is None or self.max_image is None:
+                self.sum_image, self.max_image = np.zeros(image.shape), image.copy()
             self.sum_image += np.nan_to_num(image) if image.dtype.kind == "f" else image
             np.fmax(self.max_image, image, out=self.max_image)
             found = find_peaks(image, threshold=self.settings.threshold)

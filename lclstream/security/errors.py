@@ -18,9 +18,11 @@ class PeerError(ConnectionError):
 
     Attributes:
         retry: whether the same call may succeed later.
+        answer_lost: the request may have arrived and been obeyed, though no answer came.
     """
 
     retry: bool = False
+    answer_lost: bool = False
 
 
 class AuthenticationError(PeerError):

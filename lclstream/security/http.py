@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 _HEADERS = {"user-agent": f"lclstream/{__version__}", "accept": "application/json"}
 #: Errors of a connection that ended before the answer.
 _DROPPED = (httpx.ReadError, httpx.RemoteProtocolError)
+#: Errors before the request was sent.
+_NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 #: Mark in a failed request's extensions: the same client had an answer from that service before.
 _ANSWERED_BEFORE = "lclstream.answered_before"
 #: Mark in a failed request's extensions: our certificate had expired by then.
@@ -181,6 +183,12 @@ def explain(error: httpx.HTTPError, url: str) -> PeerError:
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, _DROPPED) and expired:
         return AuthenticationError(f"{url}: closed the connection before it answered: {expired}: renew it")
+    told = _without_answer(error, url, answered)
+    told.answer_lost = not isinstance(error, _NEVER_SENT)
+    return told
+
+
+def _without_answer(error: httpx.HTTPError, url: str, answered: bool) -> PeerError:
     if isinstance(error, _DROPPED) and answered:
         return UnreachableError(f"{url}: closed the connection before it answered; it answered before, so it went away")
     if isinstance(error, _DROPPED):

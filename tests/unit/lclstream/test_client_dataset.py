@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import pickle
 import ssl
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -150,6 +151,32 @@ def test_shuffled_epochs_differ_are_complete_and_can_be_repeated(make, tmp_path)
     assert numbers(again) != list(range(40))
     fresh = [StreamDataset(url, tmp_path, key="run7", shuffle_seed=3) for _ in range(2)]
     assert numbers(fresh[0]) == numbers(fresh[1])
+
+
+def test_workers_that_live_for_an_epoch_are_told_which_it_is(make):
+    dataset, url = make(shuffle_seed=3)
+    with streamed(url, [message(first, 2) for first in range(0, 40, 2)]):
+        dataset.fill()
+
+    def epoch(number: int) -> list[list[int]]:
+        dataset.set_epoch(number)
+        copies = [pickle.loads(pickle.dumps(dataset)) for _ in range(2)]  # as torch starts its workers
+        return [numbers(copy.batches(shard=(which, 2))) for which, copy in enumerate(copies)]
+
+    orders = [epoch(number) for number in range(3)]
+    assert all(sorted(one + two) == list(range(40)) for one, two in orders)
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    assert epoch(1) == orders[1]
+
+
+def test_an_epoch_that_is_set_is_the_next_and_others_follow_it(make):
+    dataset, url = make(shuffle_seed=3)
+    with streamed(url, [message(first, 2) for first in range(0, 40, 2)]):
+        dataset.fill()
+    dataset.set_epoch(5)
+    fifth, sixth = numbers(dataset), numbers(dataset)
+    dataset.set_epoch(6)
+    assert numbers(dataset) == sixth != fifth
 
 
 def test_workers_share_a_complete_cache_and_are_refused_an_incomplete_one(make):
@@ -304,6 +331,22 @@ def test_simplon_images_without_their_start_message_leave_the_cache_incomplete(m
         dataset.fill()
     assert not dataset.complete
     assert dataset.cached_events == 0
+
+
+@pytest.mark.parametrize("begun", ["never", "afterwards"])
+def test_simplon_images_whose_series_is_stopped_before_it_was_started_wait_for_its_start(make, begun):
+    dataset, url = make()
+    messages = simplon("1.8", 6)
+    images = [one for one in messages if one[:1] == b"m"]
+    start, stop = (one for one in messages if one[:1] == b"c")
+    # The last rank of the engine sends its stop message even when it had no event, and then it has sent no start.
+    with streamed(url, [*images, stop, *([start] if begun == "afterwards" else [])]):
+        if begun == "afterwards":
+            assert sorted(contents(dataset)) == list(range(6))
+        else:
+            with pytest.raises(StreamError, match="no start message"):
+                dataset.fill()
+    assert dataset.complete is (begun == "afterwards")
 
 
 @pytest.mark.parametrize("named", ["by the caller", "by the environment"])

@@ -201,3 +201,45 @@ def test_a_pusher_whose_reader_has_gone_says_so(free_port, context):
 def test_encryption_with_zeromq_is_refused():
     with pytest.raises(AddressError, match="no TLS"):
         pull("tls+tcp://127.0.0.1:5000", library="zmq")
+
+
+def test_a_reader_that_pauses_for_long_gets_every_message(free_port, context, monkeypatch):
+    """libzmq's heartbeats go unanswered while its queue is full, and end a healthy connection."""
+    plain = zmq.Socket.setsockopt
+
+    def hastened(self, option, value):
+        plain(self, option, value // 100 if option in (zmq.HEARTBEAT_IVL, zmq.HEARTBEAT_TIMEOUT) else value)
+
+    monkeypatch.setattr(zmq.Socket, "setsockopt", hastened)
+    url = f"tcp://127.0.0.1:{free_port()}"
+    sent = messages(40, 1_000_000)
+    received = []
+    with context.socket(zmq.PUSH) as pusher:
+        pusher.sndhwm = 2
+        pusher.bind(url)
+
+        def produce() -> None:
+            for message in (*sent, b""):
+                pusher.send(message)
+
+        producer = threading.Thread(target=produce)
+        with pull(url, library="zmq", timeout_s=10, prefetch=1, sentinel=True) as puller:
+            producer.start()
+            for message in puller:
+                received.append(message)
+                if len(received) == 1:
+                    time.sleep(1.5)  # what the promise is about: longer than heartbeats would wait
+        producer.join(10)
+    assert received == sent
+    assert puller.statistics.reconnects == 0
+
+
+@pytest.mark.parametrize("end", [pull, push])
+def test_a_machine_that_vanished_is_noticed_by_tcp_itself(free_port, context, end):
+    url = f"tcp://127.0.0.1:{free_port()}"
+    with context.socket(zmq.PUSH if end is pull else zmq.PULL) as peer:
+        peer.bind(url)
+        with end(url, library="zmq", timeout_s=10) as stream:
+            (link,) = (stream._receiver if end is pull else stream._sender)._links
+            assert link.socket.getsockopt(zmq.TCP_KEEPALIVE) == 1
+            assert link.socket.getsockopt(zmq.HEARTBEAT_IVL) == 0

@@ -37,6 +37,33 @@ def test_a_stream_without_detector_or_scalar_is_no_error():
     assert (fields.image, fields.scalar, fields.timestamp) == (None, None, None)
 
 
+RAGGED = {
+    "/data/timestamp": np.zeros(3),
+    "/data/hits_times": np.zeros(5),
+    "/data/hits_times_offsets": np.array([0, 2, 2, 5], np.uint64),
+    "/data/energy": np.zeros(5),
+    "/data/energy_offsets": np.array([0, 1, 4, 5], np.uint64),
+    "/data/position": np.zeros(3),
+}
+
+
+def test_only_what_has_one_value_an_event_is_chosen():
+    fields = choose(RAGGED)
+    assert (fields.image, fields.scalar, fields.timestamp) == (None, "/data/position", "/data/timestamp")
+    assert not fields.exact
+
+
+def test_a_dataset_that_only_has_the_name_of_offsets_is_one_like_others():
+    arrays = {"/x": np.zeros(3, np.int8), "/x_offsets": np.zeros(3)}
+    assert choose(arrays).scalar == "/x_offsets"
+
+
+@pytest.mark.parametrize("option", ["image", "scalar", "timestamp"])
+def test_a_ragged_dataset_that_is_named_is_refused(option):
+    with pytest.raises(FieldError, match=rf"--{option} /data/energy is ragged"):
+        choose(RAGGED, **{option: "/data/energy"})
+
+
 @pytest.mark.parametrize(
     ("named", "words"),
     [({"image": "/nope"}, "--image /nope"), ({"image": "/data/gmd"}, "axes"), ({"scalar": "/data/camera"}, "axes")],

@@ -95,6 +95,42 @@ def test_events_without_an_image_or_a_value_are_left_out_of_means(message):
     np.testing.assert_array_equal(summary.sum_image, images[[0, 2, 3]].astype(float).sum(axis=0))
 
 
+def test_values_that_are_missing_are_in_no_mean_whatever_stands_for_them(message):
+    extra = {"/data/count": np.array([1, -999, 3], np.int32), "/data/count_missing": np.array([0, 1, 0], np.uint8)}
+    summary, rows, statistics = fed(message(0, frames(3), extra=extra), settings=Settings(scalar="/data/count"))
+    result = document(summary, statistics, complete=True, reason=None)
+    assert (result.energy_mean, result.energy_events) == (2.0, 2)
+    assert np.isnan(rows.rows["energy"][1])
+
+
+def test_what_stands_for_a_missing_image_is_not_the_brightest_of_any_pixel(message):
+    images = np.full((3, 1, 64, 96), -2000, np.int16)
+    images[2] = -1500
+    images[0] = -999
+    missing = {"/data/image_missing": np.array([1, 0, 0], np.uint8)}
+    summary, _, _ = fed(message(0, images, extra=missing))
+    np.testing.assert_array_equal(summary.max_image, images[2])
+    np.testing.assert_array_equal(summary.sum_image, images[1:].astype(float).sum(axis=0))
+
+
+def test_a_run_without_a_single_image_has_results(message, tmp_path):
+    missing = {"/data/image_missing": np.ones(2, np.uint8)}
+    summary, _, statistics = fed(message(0, np.zeros((2, 1, 64, 96), np.uint16), extra=missing))
+    result = document(summary, statistics, complete=True, reason=None)
+    assert (result.events, result.image_shape, result.hit_rate) == (2, None, None)
+    draw(summary, result, tmp_path / "result.png")
+
+
+def test_ragged_data_are_left_alone(message):
+    extra = {
+        "/data/hits_times": np.linspace(0, 1, 7),
+        "/data/hits_times_offsets": np.array([0, 3, 3, 7], np.uint64),
+    }
+    summary, _, statistics = fed(message(0, frames(3), np.ones(3), extra=extra))
+    result = document(summary, statistics, complete=True, reason=None)
+    assert (result.events, result.events_unique, result.energy) == (3, 3, "/data/gmd")
+
+
 def test_a_detector_that_changes_its_shape_is_told(message):
     with pytest.raises(MessageError, match=r"was .* and is now"):
         fed(message(0, frames(2)), message(2, frames(2, shape=(1, 32, 32))))
