@@ -31,6 +31,8 @@ log = logging.getLogger("nngstream")
 
 #: More connections than this at once are turned away: each is a thread.
 MAX_CONNECTIONS = 4096
+#: A consumer whose host does not answer for so long is dead, in seconds.
+UNANSWERED_S = 60.0
 _DIAL_S = 5.0
 #: What OpenSSL says of a peer with which our certificate cannot be used.
 _UNKNOWN_KEY_TYPE = ("NO_SUITABLE_SIGNATURE_ALGORITHM", "NO_SHARED_CIPHER")
@@ -48,6 +50,7 @@ class Connection:
     sock: socket.socket | ssl.SSLSocket
     thread: threading.Thread = field(default_factory=threading.current_thread)
     inlet: Inlet | None = None
+    stream: Stream | None = None
     seat: Seat | None = None
     why: str | None = None
     wanted: bool = True
@@ -157,11 +160,14 @@ class Connections:
         return len(self._those(side))
 
     def cut_silent(self, now: float) -> None:
-        """Cut producers off that have been silent in the middle of a message for too long."""
+        """Cut off producers that are silent in the middle of a message for too long, and consumers on dead hosts."""
         for connection in self._those("in"):
             since = connection.inlet.silent_since if connection.inlet else None
             if since is not None and now - since > self._config.silence:
                 self.interrupt(connection, f"silent for {self._config.silence:g} s in the middle of a message")
+        for connection in self._those("out"):
+            if connection.stream is not None and connection.stream.unanswered(UNANSWERED_S):
+                self.interrupt(connection, f"its host has not answered for {UNANSWERED_S:g} s")
 
     def close(self) -> None:
         """Free what is left; everybody must have been interrupted or ended before."""
@@ -286,6 +292,7 @@ class Connections:
         connection.inlet.run()
 
     def _serve_consumer(self, connection: Connection, stream: Stream, peer: Peer, group: int) -> str:
+        connection.stream = stream
         connection.seat = seat = Seat(group)
         outlet = Outlet(
             stream,
