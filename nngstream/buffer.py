@@ -108,9 +108,11 @@ class Buffer:
         return state if self._finished or state not in (State.DONE, State.FAILED) else State.DRAINING
 
     def stop(self) -> None:
-        """A stop signal: give away what is there for a bounded time; a second call gives up at once."""
+        """A stop signal: give away what is there for a bounded time; a second call gives up at once.
+
+        Takes no lock: the signal handler that calls it may have interrupted whoever holds it. `run` looks every tick.
+        """
         self._stop_wanted += 1
-        self._changed.set()
 
     def ledger(self) -> Ledger:
         """The account now."""

@@ -579,3 +579,18 @@ def test_a_consumer_whose_host_is_dead_is_cut_off(
     second.close()
     producer.close()
     assert running.wait() == "done"
+
+
+def test_a_stop_signal_may_come_at_any_moment(run_buffer):
+    running = run_buffer()
+    buffer = running.buffer
+    stopped = threading.Event()
+
+    def handler() -> None:
+        with buffer._changed._cond:  # the interrupted thread was inside `wait` or `clear`
+            buffer.stop()
+        stopped.set()
+
+    threading.Thread(target=handler, daemon=True).start()
+    assert stopped.wait(10)
+    assert running.wait() == "done"
