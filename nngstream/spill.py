@@ -1,8 +1,8 @@
 """Messages on disk: when the memory fills, or while no consumer is there, and across a crash of the buffer.
 
 The queue keeps its order, since only the memory of its batches moves: the newest ones are written to a *segment* file,
-and their block becomes a mapping of that file. Consumers are served from it like from memory; the kernel reads it back.
-A segment is deleted when all its records have been given away.
+and their block becomes a part of that file, which is mapped when a consumer takes it, and no sooner: there may be more
+records than files and mappings a process may have. A segment is deleted when all its records have been given away.
 
 ::
 
@@ -23,7 +23,6 @@ Ownership: one thread (:meth:`Spill.start`) writes; any thread that gives up the
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import logging
 import mmap
@@ -55,17 +54,18 @@ FULL = 0.5
 #: A consumer that reconnects at once finds its messages in memory.
 ALONE_S = 1.0
 _LOOK_S = 0.05
-_AFTER_FULL_DISK_S = 5.0
+_AFTER_FAILURE_S = 5.0
 
 _MAGIC = b"NNGSPILL"
 _HEAD = struct.Struct("<8sBBHIQQQI")
 _DONE_AT = len(_MAGIC)
 _FORMATS: tuple[Format, ...] = (sp.SP, sp.SP_IPC, zmtp.ZMTP)
+_NOTHING = memoryview(b"")
 _NUMBERS = {wire.name: number for number, wire in enumerate(_FORMATS)}
 
 
-class DiskFullError(Exception):
-    """No more can be written now."""
+class CannotWriteError(Exception):
+    """No more can be written now: the disk or the limit is full, or the system refuses."""
 
 
 class Spill:
@@ -140,7 +140,8 @@ class Spill:
         try:
             while self._relieve():
                 pass
-        except DiskFullError:
+        except CannotWriteError as error:
+            log.error("spill: %s", error)
             return False
         return True
 
@@ -166,12 +167,12 @@ class Spill:
             try:
                 while self._wanted() and not self._ended.is_set() and self._relieve():
                     pass
-            except DiskFullError as error:
+            except CannotWriteError as error:
                 log.warning("spill: %s: producers wait until consumers make room", error)
-                self._ended.wait(_AFTER_FULL_DISK_S)
+                self._ended.wait(_AFTER_FAILURE_S)
             except Exception:
-                log.exception("spill: cannot write to %s any more", self._folder)
-                return
+                log.exception("spill: error while writing to %s; trying again", self._folder)
+                self._ended.wait(_AFTER_FAILURE_S)
 
     def _wanted(self) -> bool:
         if self._pool.used > FULL * self._pool.capacity:
@@ -202,23 +203,25 @@ class Spill:
 
     def _write(self, run: list[Batch]) -> Batch:
         size = sum(batch.size for batch in run)
-        if self._limit is not None and self.disk_bytes + size > self._limit:
-            raise DiskFullError(f"{self._folder} holds the {self._limit} bytes that --spill-limit allows")
-        if self._current is not None and self._current.size >= SEGMENT:
-            current, self._current = self._current, None
+        current = self._current
+        if current is not None and current.size >= SEGMENT:
+            self._current = None
             current.close()
-        if self._current is None:
-            segment = _Segment(self, self._folder / f"{self._number:012d}.segment", create=True)
-            with self._lock:
-                self._segments.add(segment)
-                self._current = segment
-            self._number += 1
+        if self._limit is not None and self.disk_bytes + size > self._limit:
+            raise CannotWriteError(f"{self._folder} holds the {self._limit} bytes that --spill-limit allows")
         try:
-            return self._current.append(run)
+            return (self._current or self._begin_segment()).append(run)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise DiskFullError(f"{self._folder}: {error.strerror}") from error
-            raise
+            raise CannotWriteError(f"{self._folder}: {error.strerror or error}") from error
+
+    def _begin_segment(self) -> _Segment:
+        path = self._folder / f"{self._number:012d}.segment"
+        self._number += 1  # now: a file that was made and could not be used must not hinder the next try
+        segment = _Segment(self, path, create=True)
+        with self._lock:
+            self._segments.add(segment)
+            self._current = segment
+        return segment
 
 
 def _records(loans: list[Loan]) -> Iterator[list[Loan]]:
@@ -236,6 +239,54 @@ def _records(loans: list[Loan]) -> Iterator[list[Loan]]:
         yield record
 
 
+class _Record(Block):
+    """The messages of one record, in their file until somebody looks at them.
+
+    Args:
+        segment: where it lies.
+        at: where the record begins there.
+        messages: how many it has.
+        size: bytes of their data.
+    """
+
+    __slots__ = ("_mapping", "_size", "at", "messages", "segment")
+
+    def __init__(self, segment: _Segment, at: int, messages: int, size: int) -> None:
+        super().__init__(segment, _NOTHING, 0)
+        self._mapping: mmap.mmap | None = None
+        self._size = size
+        self.segment = segment
+        self.at = at
+        self.messages = messages
+
+    @property
+    def view(self) -> memoryview:
+        """The data; they stay mapped until :meth:`unmap`."""
+        if self._view is _NOTHING:
+            with self._lock:
+                if self._view is _NOTHING:
+                    self._view = self._mapped()
+        return self._view
+
+    def unmap(self) -> None:
+        """Nobody looks at the data any more."""
+        if self._view is not _NOTHING:
+            self._view.release()
+        if self._mapping is not None:
+            with contextlib.suppress(BufferError):  # somebody still holds a slice: freed with it
+                self._mapping.close()
+
+    def _mapped(self) -> memoryview:
+        number = self.segment.fileno()
+        begin = self.at + _HEAD.size + 8 * self.messages
+        start = begin - begin % mmap.ALLOCATIONGRANULARITY
+        try:
+            self._mapping = mmap.mmap(number, begin - start + self._size, mmap.MAP_SHARED, mmap.PROT_READ, offset=start)
+        except OSError:  # out of files or mappings: the messages must not be lost for that
+            return memoryview(_read_at(number, self._size, begin))
+        return memoryview(self._mapping)[begin - start :]
+
+
 class _Segment:
     """One file of records."""
 
@@ -243,9 +294,8 @@ class _Segment:
         self._spill = spill
         self.path = path
         self._lock = threading.Lock()
-        self._live = 0
         self._closed = False
-        self._maps: dict[Block, tuple[mmap.mmap, int]] = {}
+        self._records: set[_Record] = set()
         self._file = path.open("x+b" if create else "r+b")
         path.chmod(0o600)
         self.size = 0 if create else path.stat().st_size
@@ -262,16 +312,20 @@ class _Segment:
         index = ends.tobytes()
         head = _head(_NUMBERS[first.format.name], first.group, len(ends), size, nbytes, first.number, index)
         at = self.size
+        number = self._file.fileno()
         try:
-            position = _write_at(self._file.fileno(), head + index, at)
+            position = _write_at(number, head + index, at)
             for batch in run:
-                position = _write_at(self._file.fileno(), batch.block.view[batch.begin : batch.stop], position)
-        except OSError:
-            os.ftruncate(self._file.fileno(), at)
+                position = _write_at(number, batch.block.view[batch.begin : batch.stop], position)
+            end = position + -position % 8
+            os.ftruncate(number, end)
+            merged = self._record(at, first.format, first.group, ends, size, nbytes, first.since)
+        except BaseException:
+            # A record that is whole on disk while its messages stay in memory would give them twice after a restart.
+            with contextlib.suppress(OSError):
+                os.ftruncate(number, at)
             raise
-        self.size = position + -position % 8
-        os.ftruncate(self._file.fileno(), self.size)
-        merged = self._map(at, first.format, first.group, ends, size, nbytes, first.since)
+        self.size = end
         merged.number = first.number
         return merged
 
@@ -290,22 +344,26 @@ class _Segment:
             if not done and count:
                 ends: array[int] = array("Q")
                 ends.frombytes(index)
-                batch = self._map(at, _FORMATS[wire], group % groups, ends, size, nbytes, time.monotonic())
+                batch = self._record(at, _FORMATS[wire], group % groups, ends, size, nbytes, time.monotonic())
                 batch.number = number
                 yield batch
             at = data_at + size + -(data_at + size) % 8
         if at < self.size:
             log.warning("spill: %s: %d bytes at its end were not written wholly", self.path, self.size - at)
 
+    def fileno(self) -> int:
+        """The file's descriptor."""
+        return self._file.fileno()
+
     def give_back(self, block: Block) -> None:
         """All messages of a record were given away."""
+        assert isinstance(block, _Record)
         with self._lock:
-            mapping, at = self._maps.pop(block)
-            self._live -= 1
+            self._records.remove(block)
             with contextlib.suppress(OSError):  # a disk that is full, or gone: the record comes twice after a crash
-                os.pwrite(self._file.fileno(), b"\x01", at + _DONE_AT)
-            _unmap(block, mapping)
-            over = self._closed and not self._live
+                os.pwrite(self._file.fileno(), b"\x01", block.at + _DONE_AT)
+            block.unmap()
+            over = self._closed and not self._records
         if over:
             self._delete()
 
@@ -313,29 +371,27 @@ class _Segment:
         """No more records are added; deletes the file when nothing of it is left."""
         with self._lock:
             self._closed = True
-            over = not self._live
+            over = not self._records
         if over:
             self._delete()
 
     def unmap(self) -> None:
         """The buffer ends: free memory and file, leave the records."""
         with self._lock:
-            for block, (mapping, _) in self._maps.items():
-                _unmap(block, mapping)
-            self._maps.clear()
+            for record in self._records:
+                record.unmap()
             self._file.close()
-            if not self._live:
+            if not self._records:
                 self.path.unlink(missing_ok=True)
+            self._records.clear()
 
-    def _map(self, at: int, wire: Format, group: int, ends: array[int], size: int, nbytes: int, since: float) -> Batch:
-        begin = at + _HEAD.size + 8 * len(ends)
-        start = begin - begin % mmap.ALLOCATIONGRANULARITY
-        mapping = mmap.mmap(self._file.fileno(), begin - start + size, mmap.MAP_SHARED, mmap.PROT_READ, offset=start)
-        block = Block(self, memoryview(mapping)[begin - start :], 0)
+    def _record(
+        self, at: int, wire: Format, group: int, ends: array[int], size: int, nbytes: int, since: float
+    ) -> Batch:
+        record = _Record(self, at, len(ends), size)
         with self._lock:
-            self._live += 1
-            self._maps[block] = mapping, at
-        return Batch(block, wire, 0, ends, nbytes, since=since, group=group)
+            self._records.add(record)
+        return Batch(record, wire, 0, ends, nbytes, since=since, group=group)
 
     def _delete(self) -> None:
         self._spill.forget(self)
@@ -343,12 +399,6 @@ class _Segment:
             if not self._file.closed:
                 self._file.close()
                 self.path.unlink(missing_ok=True)
-
-
-def _unmap(block: Block, mapping: mmap.mmap) -> None:
-    block.view.release()
-    with contextlib.suppress(BufferError):  # somebody still holds a slice: freed with it
-        mapping.close()
 
 
 def _head(wire: int, group: int, count: int, size: int, nbytes: int, number: int, index: bytes) -> bytes:
@@ -364,3 +414,15 @@ def _write_at(number: int, data: bytes | memoryview, position: int) -> int:
         position += count
         view = view[count:]
     return position
+
+
+def _read_at(number: int, size: int, position: int) -> bytearray:
+    data = bytearray(size)
+    view = memoryview(data)
+    while view:
+        count = os.preadv(number, [view], position)
+        if not count:
+            raise EOFError(f"a segment ends {len(view)} bytes before the end of its record")
+        position += count
+        view = view[count:]
+    return data

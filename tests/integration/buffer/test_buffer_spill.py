@@ -98,9 +98,9 @@ def test_a_full_disk_falls_back_to_back_pressure(
     assert [int(message[:12]) for message in collector.finish()] == list(range(count))
 
 
-def _start(start, folder, *words):
+def _start(start, folder, *words, command=("nngstream",)):
     child = start(
-        "nngstream", "--in", "tcp://127.0.0.1:0", "--out", "tcp://127.0.0.1:0", "--status", "http://127.0.0.1:0",
+        *command, "--in", "tcp://127.0.0.1:0", "--out", "tcp://127.0.0.1:0", "--status", "http://127.0.0.1:0",
         "--spill", str(folder), "--grace", "0.1", "--drain", "0.3", *words,
     )  # fmt: skip
     child.wait_for_output("status http")
@@ -172,6 +172,25 @@ def test_a_record_that_was_not_written_wholly_is_not_offered(start, zmq_push, zm
     assert pull.recv()[:1] == b"0"
     assert again.wait(10) == 0
     assert "were not written wholly" in again.output()
+
+
+def test_messages_on_disk_take_no_files_of_the_process(start, zmq_push, zmq_pull, tmp_path, wait_until):
+    few = ("sh", "-c", 'ulimit -n 40; exec nngstream "$@"', "sh")
+    child, urls = _start(start, tmp_path / "s", "--capacity", "8MiB", "--sentinel", "1", command=few)
+    push = zmq_push(urls["in"])
+    count, size = 150, 600_000  # each is a record of its own
+    sender = threading.Thread(target=lambda: [push.send(b"%012d" % number + bytes(size)) for number in range(count)])
+    sender.start()
+    wait_until(lambda: _status(urls["status"])["received"]["messages"] == count, 20, "all messages")
+    wait_until(lambda: _status(urls["status"])["disk_bytes"] > count * size, 20, "all on disk")
+    sender.join(10)
+    pull = zmq_pull(urls["out"])
+    assert [int(pull.recv()[:12]) for _ in range(count)] == list(range(count))
+    push.close()
+    assert pull.recv() == b""
+    assert child.wait(20) == 0
+    assert "cannot write" not in child.output()
+    assert _segments(tmp_path / "s") == []
 
 
 def test_two_buffers_cannot_share_a_folder(start, run_buffer, tmp_path):
