@@ -13,9 +13,10 @@ records than files and mappings a process may have. A segment is deleted when al
 (little-endian). `number` is the record's place in the queue: the newest ones are written first, so that their place in
 the files does not tell it. `done` becomes 1 when every message of the record was sent or lost. A buffer that starts
 finds those that are not done and offers them again, in order: after a crash the one that was being sent comes twice
-(at most a MiB, or one message, for each consumer). What was only in memory is gone. `crc` covers the head and the ends:
-a record that was being written when the buffer crashed is not offered. A power cut may lose what the kernel had not
-written yet.
+(at most a MiB, or one message, for each consumer). A buffer that ends in order marks the messages of such a record that
+are gone, with the highest bit of their `end`, so that none comes twice. What was only in memory is gone. `crc` covers
+the head and the ends, without marks: a record that was being written when the buffer crashed is not offered. A power
+cut may lose what the kernel had not written yet.
 
 Ownership: one thread (:meth:`Spill.start`) writes; any thread that gives up the last use of a record marks it.
 """
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import logging
 import mmap
 import os
@@ -59,6 +61,8 @@ _AFTER_FAILURE_S = 5.0
 _MAGIC = b"NNGSPILL"
 _HEAD = struct.Struct("<8sBBHIQQQI")
 _DONE_AT = len(_MAGIC)
+#: Set in the `end` of a message that is gone.
+_GONE = 1 << 63
 _FORMATS: tuple[Format, ...] = (sp.SP, sp.SP_IPC, zmtp.ZMTP)
 _NOTHING = memoryview(b"")
 _NUMBERS = {wire.name: number for number, wire in enumerate(_FORMATS)}
@@ -136,14 +140,29 @@ class Spill:
             self._thread.join()
 
     def keep_everything(self) -> bool:
-        """Write the whole queue for the next start; says whether there was room. Call after :meth:`stop`."""
+        """Write what is in the queue, and nothing else, for the next start. Call after :meth:`stop`.
+
+        Returns:
+            False when something could not be written.
+        """
         try:
+            self._mark_gone()
             while self._relieve():
                 pass
-        except CannotWriteError as error:
+        except (CannotWriteError, OSError) as error:
             log.error("spill: %s", error)
             return False
         return True
+
+    def _mark_gone(self) -> None:
+        """Consumers that were cut off have had a part of their records: it must not come again."""
+        queued: dict[_Record, list[Batch]] = {}
+        for batch in self._fifo.on_disk():
+            assert isinstance(batch.block, _Record)
+            queued.setdefault(batch.block, []).append(batch)
+        for record, parts in queued.items():
+            if sum(map(len, parts)) < record.messages:
+                record.segment.mark_gone(record, parts)
 
     def close(self) -> None:
         """Free files and memory; records that are not done stay on disk."""
@@ -338,15 +357,18 @@ class _Segment:
             data_at = at + _HEAD.size + 8 * count
             if magic != _MAGIC or wire >= len(_FORMATS) or data_at + size > self.size:
                 break
-            index = os.pread(self._file.fileno(), 8 * count, at + _HEAD.size)
+            ends: array[int] = array("Q")
+            ends.frombytes(os.pread(self._file.fileno(), 8 * count, at + _HEAD.size))
+            gone = [bool(end & _GONE) for end in ends]
+            if any(gone):
+                ends = array("Q", [end & ~_GONE for end in ends])
+            index = ends.tobytes()
             if head[_DONE_AT + 1 :] != _head(wire, group, count, size, nbytes, number, index)[_DONE_AT + 1 :]:
                 break
             if not done and count:
-                ends: array[int] = array("Q")
-                ends.frombytes(index)
                 batch = self._record(at, _FORMATS[wire], group % groups, ends, size, nbytes, time.monotonic())
                 batch.number = number
-                yield batch
+                yield from _without(batch, gone) if any(gone) else [batch]
             at = data_at + size + -(data_at + size) % 8
         if at < self.size:
             log.warning("spill: %s: %d bytes at its end were not written wholly", self.path, self.size - at)
@@ -366,6 +388,18 @@ class _Segment:
             over = self._closed and not self._records
         if over:
             self._delete()
+
+    def mark_gone(self, record: _Record, left: list[Batch]) -> None:
+        """All messages of a record were given away but these.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        kept = {end for batch in left for end in batch.ends}
+        at = record.at + _HEAD.size
+        ends: array[int] = array("Q")
+        ends.frombytes(os.pread(self._file.fileno(), 8 * record.messages, at))
+        _write_at(self._file.fileno(), array("Q", [end if end in kept else end | _GONE for end in ends]).tobytes(), at)
 
     def close(self) -> None:
         """No more records are added; deletes the file when nothing of it is left."""
@@ -399,6 +433,17 @@ class _Segment:
             if not self._file.closed:
                 self._file.close()
                 self.path.unlink(missing_ok=True)
+
+
+def _without(batch: Batch, gone: list[bool]) -> Iterator[Batch]:
+    """The runs of messages that are not gone; the batch is used up."""
+    for is_gone, same in itertools.groupby(gone):
+        count = sum(1 for _ in same)
+        run = batch.split(count) if count < len(batch) else batch
+        if is_gone:
+            run.block.drop()
+        else:
+            yield run
 
 
 def _head(wire: int, group: int, count: int, size: int, nbytes: int, number: int, index: bytes) -> bytes:

@@ -143,3 +143,58 @@ def test_the_spill_goes_on_after_a_failure(store, monkeypatch, wait_until, error
     one.spill.start()
     wait_until(lambda: one.pool.used == 0, 10, "empty memory")
     assert store().recovered == 1
+
+
+def test_what_was_given_of_a_record_does_not_come_again_after_an_orderly_stop(store):
+    one = store()
+    one.put(*[b"%d" % number for number in range(10)])
+    one.put(b"last")
+    assert one.spill.keep_everything()
+    batch, _ = one.take()
+    one.fifo.done(batch, 4, 1)
+    assert one.spill.keep_everything()
+    two = store()
+    assert two.recovered == 6
+    assert two.give() == [b"5", b"6", b"7", b"8", b"9", b"last"]
+    assert two.fifo.empty
+
+
+def test_parts_of_a_record_that_several_consumers_left_come_again_and_no_others(store):
+    one = store()
+    messages = [b"%02d" % number for number in range(12)]
+    one.put(*messages)
+    assert one.spill.keep_everything()
+    second = Seat()
+    one.fifo.join(second)
+    third = Seat()
+    one.fifo.join(third)
+    taken = [one.fifo.take(seat) for seat in (one.seat, second, third)]
+    assert [len(batch) for batch in taken] == [4, 4, 4]
+    one.fifo.done(taken[2], 2, 0)
+    one.fifo.done(taken[1], 4, 0)
+    one.fifo.done(taken[0], 0, 1)
+    assert one.spill.keep_everything()
+    two = store()
+    assert two.recovered == two.fifo.ledger().held.messages == 5
+    assert two.fifo.ledger().held.bytes == 10
+    batch, given = two.take()
+    assert given == messages[1:4]
+    two.fifo.done(batch, 1, 0)
+    assert two.spill.keep_everything()
+    three = store()
+    rest = []
+    while not three.fifo.empty:
+        rest += three.give()
+    assert rest == [*messages[2:4], *messages[10:]]
+    assert store().recovered == 0
+
+
+def test_what_is_left_of_a_record_is_kept_although_the_limit_is_reached(store):
+    one = store(limit=3000)
+    one.put(*[bytes(100)] * 20)
+    assert one.spill.keep_everything()
+    batch, _ = one.take()
+    one.fifo.done(batch, 15, 0)
+    one.put(bytes(5000))
+    assert not one.spill.keep_everything()
+    assert store().recovered == 5
