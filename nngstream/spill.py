@@ -208,7 +208,7 @@ class Spill:
         loans = self._fifo.newest_in_memory(_ROUND)
         if not loans:
             return False
-        records = list(_records(loans))
+        records = list(_records(loans, RECORD if self._limit is None else min(RECORD, self._limit)))
         while records:
             try:
                 merged = self._write([loan.copy for loan in records[0]])
@@ -223,7 +223,8 @@ class Spill:
     def _write(self, run: list[Batch]) -> Batch:
         size = sum(batch.size for batch in run)
         current = self._current
-        if current is not None and current.size >= SEGMENT:
+        if current is not None and (current.size >= SEGMENT or current.idle):
+            # Idle too: records that are done would count against a small limit for ever.
             self._current = None
             current.close()
         if self._limit is not None and self.disk_bytes + size > self._limit:
@@ -243,13 +244,13 @@ class Spill:
         return segment
 
 
-def _records(loans: list[Loan]) -> Iterator[list[Loan]]:
-    """Batches that become one record each, the oldest first."""
+def _records(loans: list[Loan], most: int) -> Iterator[list[Loan]]:
+    """Batches that become one record of about `most` bytes each, the oldest first."""
     record: list[Loan] = []
     size = 0
     for loan in loans:
         batch = loan.copy
-        if record and (record[0].copy.format.name != batch.format.name or size + batch.size > RECORD):
+        if record and (record[0].copy.format.name != batch.format.name or size + batch.size > most):
             yield record
             record, size = [], 0
         record.append(loan)
@@ -372,6 +373,11 @@ class _Segment:
             at = data_at + size + -(data_at + size) % 8
         if at < self.size:
             log.warning("spill: %s: %d bytes at its end were not written wholly", self.path, self.size - at)
+
+    @property
+    def idle(self) -> bool:
+        """Whether everything in it has been given away."""
+        return not self._records
 
     def fileno(self) -> int:
         """The file's descriptor."""

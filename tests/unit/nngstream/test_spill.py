@@ -198,3 +198,16 @@ def test_what_is_left_of_a_record_is_kept_although_the_limit_is_reached(store):
     one.put(bytes(5000))
     assert not one.spill.keep_everything()
     assert store().recovered == 5
+
+
+def test_a_small_limit_has_room_again_when_what_was_there_is_given_away(store):
+    one = store(limit=1_000_000)
+    for number in range(3):
+        one.put(b"%d" % number + bytes(600_000))
+        assert one.spill.keep_everything()
+        assert one.give()[0][:1] == b"%d" % number
+    for _ in range(12):  # one record of all would not fit
+        one.put(bytes(100_000))
+    assert not one.spill.keep_everything()
+    assert 0 < one.spill.disk_bytes <= 1_000_500
+    assert one.pool.used < 700_000
