@@ -184,14 +184,13 @@ class Connections:
         connection.thread = threading.Thread(
             target=self._run, args=(connection, where, address), name=f"{side} {where}", daemon=True
         )
-        if not self._enter(connection):
-            sock.close()
-            return
         try:
-            connection.thread.start()
+            entered = self._enter(connection, connection.thread)
         except RuntimeError as error:
             log.error("%s: no thread for %s: %s", address, where, error)
-            self._exit(connection)
+            entered = False
+        if not entered:
+            sock.close()
 
     # -- threads of connections
 
@@ -327,13 +326,15 @@ class Connections:
                 let_read(connection.sock)
         return False
 
-    def _enter(self, connection: Connection) -> bool:
+    def _enter(self, connection: Connection, thread: threading.Thread | None = None) -> bool:
         with self._lock:
             if connection.side in self._closed:
                 return False
             if len(self._all) >= MAX_CONNECTIONS:
                 self._register.refuse("", f"{MAX_CONNECTIONS} connections are there already")
                 return False
+            if thread is not None:
+                thread.start()  # under the lock: whoever finds the connection may join its thread
             self._all.add(connection)
             return True
 

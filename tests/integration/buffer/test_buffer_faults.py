@@ -594,3 +594,33 @@ def test_a_stop_signal_may_come_at_any_moment(run_buffer):
     threading.Thread(target=handler, daemon=True).start()
     assert stopped.wait(10)
     assert running.wait() == "done"
+
+
+def test_the_end_may_come_while_a_connection_begins(run_buffer, raw, monkeypatch):
+    beginning, go_on = threading.Event(), threading.Event()
+
+    class SlowThread(threading.Thread):
+        def start(self) -> None:
+            beginning.set()
+            assert go_on.wait(20)
+            super().start()
+
+    running = run_buffer()
+    monkeypatch.setattr("nngstream.connections.threading.Thread", SlowThread)
+    raw(running.inp)
+    assert beginning.wait(10)
+    monkeypatch.undo()
+    results: list[object] = []
+
+    def join() -> None:
+        try:
+            results.append(running.buffer._connections.join("in", 0.1))
+        except RuntimeError as error:
+            results.append(error)
+
+    joiner = threading.Thread(target=join)
+    joiner.start()
+    joiner.join(0.5)  # as far as it gets before the other thread goes on
+    go_on.set()
+    joiner.join(10)
+    assert results == [False]
