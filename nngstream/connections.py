@@ -103,6 +103,7 @@ class Connections:
         self._dialers: list[threading.Thread] = []
         self._ended: dict[Side, threading.Event] = {"in": threading.Event(), "out": threading.Event()}
         self._ending = False
+        self._told_send_buffer = False
         self.doorman = Doorman(self._welcome)
 
     # -- called by the buffer's thread
@@ -300,7 +301,7 @@ class Connections:
             seat,
             sentinel=self._config.sentinel,
             ending=lambda: self._ending,
-            kernel_bytes=stream.send_buffer(self._config.send_buffer),
+            kernel_bytes=self._send_buffer(stream),
         )
         self._register.came(peer)
         self.doorman.watch(stream.sock, lambda: self._fifo.call(seat))
@@ -310,6 +311,23 @@ class Connections:
             return outlet.run(lambda: self.doorman.watch_again(stream.sock))
         finally:
             self.doorman.forget(stream.sock)
+
+    def _send_buffer(self, stream: Stream) -> int:
+        """Bound what lies in the kernel towards a consumer; a cap of the kernel, which is silent, is told once."""
+        wanted = self._config.send_buffer
+        granted = stream.send_buffer(wanted)
+        # Linux doubles what it grants. The default is more than an untouched kernel grants: nobody asked for that much.
+        asked = "send_buffer" in self._config.model_fields_set
+        if asked and granted // 2 < wanted and not self._told_send_buffer:
+            self._told_send_buffer = True
+            log.warning(
+                "send_buffer: %d bytes are wanted, the kernel grants %d: over a long distance that bounds the rate; "
+                "ask for less, or let root do `sysctl -w net.core.wmem_max=%d`",
+                wanted,
+                granted // 2,
+                wanted,
+            )
+        return granted
 
     def _refuse(self, connection: Connection, where: str, why: str) -> bool:
         if connection.wanted:

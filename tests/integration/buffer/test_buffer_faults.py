@@ -624,3 +624,27 @@ def test_the_end_may_come_while_a_connection_begins(run_buffer, raw, monkeypatch
     go_on.set()
     joiner.join(10)
     assert results == [False]
+
+
+def test_a_send_buffer_the_kernel_does_not_grant_is_told_once(
+    run_buffer, raw, pull_greeting, monkeypatch, caplog, wait_until
+):
+    running = run_buffer(send_buffer="64MB")
+    monkeypatch.setattr("nngstream.stream.Stream.send_buffer", lambda _stream, _nbytes: 2 * 4_194_304)
+    for number in range(2):
+        raw(running.out, pull_greeting)
+        wait_until(lambda number=number: running.status()["consumers"] == number + 1, 10, "consumer")
+    (told,) = [record.getMessage() for record in caplog.records if "send_buffer" in record.getMessage()]
+    assert "64000000 bytes are wanted, the kernel grants 4194304" in told
+    assert "net.core.wmem_max" in told
+
+
+@pytest.mark.parametrize("options", [{"send_buffer": "64KiB"}, {}])
+def test_a_send_buffer_that_is_granted_or_was_not_asked_for_is_not_worth_a_word(
+    run_buffer, raw, pull_greeting, monkeypatch, caplog, wait_until, options
+):
+    running = run_buffer(**options)
+    monkeypatch.setattr("nngstream.stream.Stream.send_buffer", lambda _stream, _nbytes: 2 * 212_992)
+    raw(running.out, pull_greeting)
+    wait_until(lambda: running.status()["consumers"] == 1, 10, "consumer")
+    assert "send_buffer" not in caplog.text
