@@ -169,7 +169,7 @@ class Buffer:
         """Lead the buffer to its end; :meth:`start` must have been called.
 
         Returns:
-            ``done``, or ``failed`` when messages were dropped after a stop signal.
+            ``done``, or ``failed`` when a stop signal left messages that nobody took: dropped, or kept on disk.
         """
         try:
             stops = 0

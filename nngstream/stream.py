@@ -79,7 +79,7 @@ class Stream:
         except OSError:
             return False  # closed meanwhile
         repeats, probes, quiet_ms = _ANSWERS.unpack(info)
-        return max(repeats, probes) >= _UNANSWERED and quiet_ms >= 1000 * seconds
+        return bool(max(repeats, probes) >= _UNANSWERED and quiet_ms >= 1000 * seconds)
 
     # -- during the handshake
 

@@ -148,7 +148,7 @@ def test_a_stop_signal_keeps_what_nobody_took_for_the_next_start(start, zmq_push
     push.close()
     assert "50 messages (90 bytes) wait in" in child.output()
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert (summary["held"]["messages"], summary["lost"]["messages"]) == (50, 0)
+    assert (summary["state"], summary["held"]["messages"], summary["lost"]["messages"]) == ("failed", 50, 0)
     again, urls = _start(start, tmp_path / "s", "--producers", "0")
     pull = zmq_pull(urls["out"])
     assert [pull.recv() for _ in range(50)] == [b"%d" % number for number in range(50)]
