@@ -155,6 +155,28 @@ def test_a_stop_signal_keeps_what_nobody_took_for_the_next_start(start, zmq_push
     assert again.wait(10) == 0
 
 
+def test_a_stop_inside_a_record_keeps_only_what_nobody_has_had(
+    run_buffer, zmq_push, raw, pull_greeting, zmq_pull, tmp_path, wait_until
+):
+    first = run_buffer(spill=str(tmp_path / "s"), drain=0.3, send_buffer="64KiB")
+    push = zmq_push(first.inp)
+    for number in range(100):
+        push.send(b"%03d" % number + bytes(100_000))
+    wait_until(lambda: first.amounts()[0] == 100, 10, "all messages")
+    wait_until(lambda: first.buffer.pool.used == 0, 10, "empty memory")
+    raw(first.out, pull_greeting)  # takes what its socket holds, and reads nothing
+    wait_until(lambda: first.status()["consumers"] == 1, 10, "consumer")
+    first.buffer.stop()
+    assert first.wait() == "failed"
+    _, sent, held, lost = first.amounts()
+    assert sent + lost > 0
+    second = run_buffer(spill=str(tmp_path / "s"), producers=0)
+    assert second.buffer.recovered == held
+    pull = zmq_pull(second.out)
+    assert [int(pull.recv()[:3]) for _ in range(held)] == list(range(sent + lost, 100))
+    assert second.wait() == "done"
+
+
 def test_a_record_that_was_not_written_wholly_is_not_offered(start, zmq_push, zmq_pull, tmp_path, wait_until):
     child, urls = _start(start, tmp_path / "s")
     push = zmq_push(urls["in"])
