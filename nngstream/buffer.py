@@ -108,9 +108,11 @@ class Buffer:
         return state if self._finished or state not in (State.DONE, State.FAILED) else State.DRAINING
 
     def stop(self) -> None:
-        """A stop signal: give away what is there for a bounded time; a second call gives up at once."""
+        """A stop signal: give away what is there for a bounded time; a second call gives up at once.
+
+        Takes no lock: the signal handler that calls it may have interrupted whoever holds it. `run` looks every tick.
+        """
         self._stop_wanted += 1
-        self._changed.set()
 
     def ledger(self) -> Ledger:
         """The account now."""
@@ -167,7 +169,7 @@ class Buffer:
         """Lead the buffer to its end; :meth:`start` must have been called.
 
         Returns:
-            ``done``, or ``failed`` when messages were dropped after a stop signal.
+            ``done``, or ``failed`` when a stop signal left messages that nobody took: dropped, or kept on disk.
         """
         try:
             stops = 0
@@ -231,7 +233,7 @@ class Buffer:
         if self.spill is not None:
             self.spill.stop()
             if not self.fifo.empty and not self.spill.keep_everything():
-                log.error("spill: no room in %s for all that is left", self.config.spill)
+                log.error("spill: not all that is left could be kept in %s", self.config.spill)
         dropped = self.fifo.drop_all()
         ledger = self.fifo.ledger()
         if dropped.messages:

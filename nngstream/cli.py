@@ -36,7 +36,8 @@ with dial+ before them they connect, and connect again when the connection break
 
 \b
 Exit codes: 0 everything was given away; 2 wrong options; 3 an address cannot be listened at;
-130 (SIGINT) or 143 (SIGTERM) ended by a signal with messages left that nobody took within --drain seconds.
+130 (SIGINT) or 143 (SIGTERM) ended by a signal with messages left that nobody took within --drain seconds: they are
+dropped, or kept by --spill for the next start.
 """
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)

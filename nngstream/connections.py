@@ -31,6 +31,8 @@ log = logging.getLogger("nngstream")
 
 #: More connections than this at once are turned away: each is a thread.
 MAX_CONNECTIONS = 4096
+#: A consumer whose host does not answer for so long is dead, in seconds.
+UNANSWERED_S = 60.0
 _DIAL_S = 5.0
 #: What OpenSSL says of a peer with which our certificate cannot be used.
 _UNKNOWN_KEY_TYPE = ("NO_SUITABLE_SIGNATURE_ALGORITHM", "NO_SHARED_CIPHER")
@@ -48,6 +50,7 @@ class Connection:
     sock: socket.socket | ssl.SSLSocket
     thread: threading.Thread = field(default_factory=threading.current_thread)
     inlet: Inlet | None = None
+    stream: Stream | None = None
     seat: Seat | None = None
     why: str | None = None
     wanted: bool = True
@@ -100,6 +103,7 @@ class Connections:
         self._dialers: list[threading.Thread] = []
         self._ended: dict[Side, threading.Event] = {"in": threading.Event(), "out": threading.Event()}
         self._ending = False
+        self._told_send_buffer = False
         self.doorman = Doorman(self._welcome)
 
     # -- called by the buffer's thread
@@ -157,11 +161,14 @@ class Connections:
         return len(self._those(side))
 
     def cut_silent(self, now: float) -> None:
-        """Cut producers off that have been silent in the middle of a message for too long."""
+        """Cut off producers that are silent in the middle of a message for too long, and consumers on dead hosts."""
         for connection in self._those("in"):
             since = connection.inlet.silent_since if connection.inlet else None
             if since is not None and now - since > self._config.silence:
                 self.interrupt(connection, f"silent for {self._config.silence:g} s in the middle of a message")
+        for connection in self._those("out"):
+            if connection.stream is not None and connection.stream.unanswered(UNANSWERED_S):
+                self.interrupt(connection, f"its host has not answered for {UNANSWERED_S:g} s")
 
     def close(self) -> None:
         """Free what is left; everybody must have been interrupted or ended before."""
@@ -178,14 +185,13 @@ class Connections:
         connection.thread = threading.Thread(
             target=self._run, args=(connection, where, address), name=f"{side} {where}", daemon=True
         )
-        if not self._enter(connection):
-            sock.close()
-            return
         try:
-            connection.thread.start()
+            entered = self._enter(connection, connection.thread)
         except RuntimeError as error:
             log.error("%s: no thread for %s: %s", address, where, error)
-            self._exit(connection)
+            entered = False
+        if not entered:
+            sock.close()
 
     # -- threads of connections
 
@@ -286,6 +292,7 @@ class Connections:
         connection.inlet.run()
 
     def _serve_consumer(self, connection: Connection, stream: Stream, peer: Peer, group: int) -> str:
+        connection.stream = stream
         connection.seat = seat = Seat(group)
         outlet = Outlet(
             stream,
@@ -294,7 +301,7 @@ class Connections:
             seat,
             sentinel=self._config.sentinel,
             ending=lambda: self._ending,
-            kernel_bytes=stream.send_buffer(self._config.send_buffer),
+            kernel_bytes=self._send_buffer(stream),
         )
         self._register.came(peer)
         self.doorman.watch(stream.sock, lambda: self._fifo.call(seat))
@@ -304,6 +311,23 @@ class Connections:
             return outlet.run(lambda: self.doorman.watch_again(stream.sock))
         finally:
             self.doorman.forget(stream.sock)
+
+    def _send_buffer(self, stream: Stream) -> int:
+        """Bound what lies in the kernel towards a consumer; a cap of the kernel, which is silent, is told once."""
+        wanted = self._config.send_buffer
+        granted = stream.send_buffer(wanted)
+        # Linux doubles what it grants. The default is more than an untouched kernel grants: nobody asked for that much.
+        asked = "send_buffer" in self._config.model_fields_set
+        if asked and granted // 2 < wanted and not self._told_send_buffer:
+            self._told_send_buffer = True
+            log.warning(
+                "send_buffer: %d bytes are wanted, the kernel grants %d: over a long distance that bounds the rate; "
+                "ask for less, or let root do `sysctl -w net.core.wmem_max=%d`",
+                wanted,
+                granted // 2,
+                wanted,
+            )
+        return granted
 
     def _refuse(self, connection: Connection, where: str, why: str) -> bool:
         if connection.wanted:
@@ -320,13 +344,15 @@ class Connections:
                 let_read(connection.sock)
         return False
 
-    def _enter(self, connection: Connection) -> bool:
+    def _enter(self, connection: Connection, thread: threading.Thread | None = None) -> bool:
         with self._lock:
             if connection.side in self._closed:
                 return False
             if len(self._all) >= MAX_CONNECTIONS:
                 self._register.refuse("", f"{MAX_CONNECTIONS} connections are there already")
                 return False
+            if thread is not None:
+                thread.start()  # under the lock: whoever finds the connection may join its thread
             self._all.add(connection)
             return True
 

@@ -242,6 +242,11 @@ class Fifo:
                 loan.batch.block.drop()
         return same
 
+    def on_disk(self) -> list[Batch]:
+        """What is queued and not in memory."""
+        with self._lock:
+            return [batch for queue in self._queues for batch in queue if not batch.block.charged]
+
     def return_loan(self, loans: list[Loan]) -> None:
         """The memory of these batches is read no more."""
         for loan in loans:

@@ -11,7 +11,9 @@ draining  no producer's connection is left, and everything has been sent    done
 draining  the time after the stop signal has passed, or a second one came   failed
 ========= ================================================================= =========
 
-Entering `draining` closes the side of the producers for good. `failed` means that messages were dropped.
+Entering `draining` closes the side of the producers for good. `failed` means that a stop signal came before everything
+had been given away: what was left is dropped (`lost`), or kept on disk for the next start (`held`). It is no `done` in
+either case, since whoever started the buffer would take the consumers to have everything.
 """
 
 from __future__ import annotations

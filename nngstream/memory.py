@@ -74,22 +74,27 @@ class Block:
         receiving: it is a slab whose message is not whole yet.
     """
 
-    __slots__ = ("_lock", "_owner", "_users", "charged", "receiving", "slab", "view")
+    __slots__ = ("_lock", "_owner", "_users", "_view", "charged", "receiving", "slab")
 
     def __init__(self, owner: Owner, memory: _Slab | memoryview, charged: int) -> None:
         self._owner = owner
         self._users = 1
         self._lock = threading.Lock()
         self.slab = memory
-        self.view = memory.view if isinstance(memory, _Slab) else memory
+        self._view = memory.view if isinstance(memory, _Slab) else memory
         self.charged = charged
         self.receiving = False
+
+    @property
+    def view(self) -> memoryview:
+        """See the class."""
+        return self._view
 
     def resize(self, size: int) -> None:
         """Give the block another size; nobody may hold a slice of its view. Only :meth:`Pool.grow` calls this."""
         assert isinstance(self.slab, _Slab)
         self.slab = self.slab.resized(size)
-        self.view = self.slab.view
+        self._view = self.slab.view
         self.charged = size
 
     def share(self) -> None:
@@ -151,14 +156,16 @@ class Pool:
 
         Raises:
             InterruptedWaitError: `alive` said no; nothing has changed.
+            OSError: the system has no memory; nothing has changed.
         """
         with self._changed:
             self._reserve(self.chunk_size, alive)
-            block.charged = self.chunk_size
             # Before room is made: in a full buffer the one slab that is kept would be unmapped, and mapped again.
             slab = self._take_kept(self.chunk_size)
             self._evict()
-        return Block(self, slab or _Slab.fresh(self.chunk_size), 0)
+        slab = slab or self._fresh(self.chunk_size)
+        block.charged = self.chunk_size
+        return Block(self, slab, 0)
 
     def copy(self, data: memoryview, alive: Callable[[], bool]) -> Block:
         """See :class:`Memory`.
@@ -170,7 +177,11 @@ class Pool:
         with self._changed:
             self._reserve(charged, alive)
             self._evict()
-        return Block(self, memoryview(bytes(data)), charged)
+        try:
+            return Block(self, memoryview(bytes(data)), charged)
+        except MemoryError:
+            self._unreserve(charged)
+            raise
 
     def slab(self, size: int, alive: Callable[[], bool]) -> Block:
         """See :class:`Memory`.
@@ -178,6 +189,7 @@ class Pool:
         Raises:
             OversizeError: `size` is larger than the capacity.
             InterruptedWaitError: `alive` said no.
+            OSError: the system has no memory; nothing has changed.
         """
         charged = self._charge(size)
         with self._changed:
@@ -185,7 +197,7 @@ class Pool:
             slab = self._take_kept(charged)
             self._evict()
             self._receiving += charged
-        block = Block(self, slab or _Slab.fresh(charged), charged)
+        block = Block(self, slab or self._fresh(charged, receiving=charged), charged)
         block.receiving = True
         return block
 
@@ -195,6 +207,7 @@ class Pool:
         Raises:
             OversizeError: `size` is larger than the capacity.
             InterruptedWaitError: `alive` said no.
+            OSError: the system has no memory; the block is as it was, but for its view.
         """
         charged = self._charge(size)
         with self._changed:
@@ -216,7 +229,11 @@ class Pool:
             self._used += extra
             self._receiving += extra
             self._evict()
-            block.resize(charged)
+            try:
+                block.resize(charged)
+            except BaseException:
+                self._unreserve(extra, receiving=extra)
+                raise
 
     def received(self, block: Block) -> None:
         """See :class:`Memory`."""
@@ -262,6 +279,20 @@ class Pool:
                 self._line.remove(ticket)
                 self._changed.notify_all()
         self._used += size
+
+    def _fresh(self, size: int, *, receiving: int = 0) -> _Slab:
+        """New memory for which room is reserved already; gives the room back when the system has none."""
+        try:
+            return _Slab.fresh(size)
+        except BaseException:
+            self._unreserve(size, receiving=receiving)
+            raise
+
+    def _unreserve(self, size: int, *, receiving: int = 0) -> None:
+        with self._changed:
+            self._used -= size
+            self._receiving -= receiving
+            self._changed.notify_all()
 
     def _short_of(self, size: int) -> bool:
         """Whether somebody who waits for `size` bytes must go on waiting.
@@ -323,7 +354,11 @@ class _Slab:
     def resized(self, size: int) -> _Slab:
         """The same memory with another size, moved by the kernel without a copy; this object is dead afterwards."""
         self.view.release()
-        self.mapping.resize(size)
+        try:
+            self.mapping.resize(size)
+        except BaseException:
+            self.view = memoryview(self.mapping)  # it is as it was, and is kept for others when its block is dropped
+            raise
         return _Slab(self.mapping)
 
     def unmap(self) -> None:

@@ -19,11 +19,14 @@ from nngstream.errors import WireError
 _IOV_MAX = 512
 #: One TLS write: what it began to write counts as written when it fails, so this bounds what a dead consumer costs.
 _TLS_WRITE = 256 * 1024
-#: A dead host (no reset, no FIN) is noticed after about a minute.
+#: A dead host (no reset, no FIN) is noticed after about a minute: by the kernel while nothing is under way to it.
 _KEEPALIVE_IDLE_S, _KEEPALIVE_INTERVAL_S, _KEEPALIVE_COUNT = 30, 10, 3
-_UNACKNOWLEDGED_MS = 60_000
 #: First byte of the kernel's TCP_INFO, while neither side has closed.
 _ESTABLISHED = 1
+#: What is in it of a peer's answers (linux/tcp.h): repeats and window probes without one, ms since the last one.
+_ANSWERS = struct.Struct("=2xBB52xI")
+#: One question may be lost, or just be under way: a reader that pauses never left more than one unanswered.
+_UNANSWERED = 3
 #: Where `tcpi_bytes_acked` is in it (linux/tcp.h, since Linux 4.1).
 _BYTES_ACKED = struct.Struct("=120xQ")
 #: Most payload in a TLS record, and more than any cipher of TLS 1.2 and 1.3 adds to it.
@@ -61,10 +64,22 @@ class Stream:
     def send_buffer(self, nbytes: int) -> int:
         """Bound what may lie in the kernel, unread, towards the peer; returns what the kernel grants, in bytes."""
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, nbytes)
-        if not self.ipc:
-            # A consumer that reads slowly answers window probes and is left alone; one that is gone does not.
-            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNACKNOWLEDGED_MS)
         return self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+
+    def unanswered(self, seconds: float) -> bool:
+        """Whether the peer's host has left our packets without any answer for so long; any thread may ask.
+
+        TCP_USER_TIMEOUT would not do: since Linux 5.11 it also ends connections whose reader only pauses, although its
+        kernel answers every window probe.
+        """
+        if self.ipc:
+            return False
+        try:
+            info = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ANSWERS.size)
+        except OSError:
+            return False  # closed meanwhile
+        repeats, probes, quiet_ms = _ANSWERS.unpack(info)
+        return bool(max(repeats, probes) >= _UNANSWERED and quiet_ms >= 1000 * seconds)
 
     # -- during the handshake
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -23,6 +24,8 @@ from nngstream.wire import sp as sp_wire
 from nngstream.wire import zmtp
 
 pytestmark = pytest.mark.integration
+
+SO_ATTACH_FILTER = 26
 
 PRODUCER = """
 import sys, zmq
@@ -529,3 +532,119 @@ def test_ten_minutes_at_full_rate_keep_the_memory_flat(start, tmp_path, wait_unt
     assert last["lost"] == {"messages": 0, "bytes": 0}
     assert max(sizes) < capacity + (100 << 20), "the capacity, and a constant for the program and its connections"
     assert max(sizes[-20:]) - max(sizes[:20]) < 8 << 20, "no more in the last third than in the first"
+
+
+def _fill(running, raw, push_greeting, pull_greeting, sp, wait_until, count=300):
+    """A consumer that has read nothing yet, and more messages than both sockets hold."""
+    consumer = raw(running.out, pull_greeting)
+    wait_until(lambda: running.status()["consumers"] == 1, 10, "consumer")
+    producer = raw(running.inp, push_greeting)
+    for number in range(count):
+        producer.sendall(sp(b"%06d" % number + bytes(50_000)))
+    producer.close()
+    wait_until(lambda: running.amounts()[0] == count, 10, "messages")
+    return consumer
+
+
+def test_a_consumer_may_pause_as_long_as_it_likes(
+    run_buffer, raw, push_greeting, pull_greeting, sp, sp_receive, wait_until, monkeypatch
+):
+    monkeypatch.setattr("nngstream.connections.UNANSWERED_S", 0.3)
+    running = run_buffer(send_buffer="64KiB")
+    consumer = _fill(running, raw, push_greeting, pull_greeting, sp, wait_until)
+    time.sleep(3)  # ten times as long as a dead host may take to answer
+    assert [int(sp_receive(consumer)[:6]) for _ in range(300)] == list(range(300))
+    consumer.close()
+    assert running.wait() == "done"
+    assert running.amounts() == (300, 300, 0, 0)
+
+
+def test_a_consumer_whose_host_is_dead_is_cut_off(
+    run_buffer, raw, push_greeting, pull_greeting, sp, sp_receive, wait_until, monkeypatch
+):
+    monkeypatch.setattr("nngstream.connections.UNANSWERED_S", 0.3)
+    running = run_buffer(send_buffer="64KiB")
+    dead = raw(running.out, pull_greeting)
+    wait_until(lambda: running.status()["consumers"] == 1, 10, "consumer")
+    refuse_all = ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 0))  # BPF: `ret 0`, no packet comes in
+    dead.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HL", 1, ctypes.addressof(refuse_all)))
+    producer = raw(running.inp, push_greeting)
+    producer.sendall(sp(bytes(1_000_000)))
+    wait_until(lambda: running.status()["consumers"] == 0, 30, "end of the dead consumer")
+    peer = next(peer for peer in running.status()["peers"] if peer["side"] == "out")
+    assert "its host has not answered for 0.3 s" in peer["ended"]
+    second = raw(running.out, pull_greeting)
+    producer.sendall(sp(b"next"))
+    assert sp_receive(second) == b"next"
+    second.close()
+    producer.close()
+    assert running.wait() == "done"
+
+
+def test_a_stop_signal_may_come_at_any_moment(run_buffer):
+    running = run_buffer()
+    buffer = running.buffer
+    stopped = threading.Event()
+
+    def handler() -> None:
+        with buffer._changed._cond:  # the interrupted thread was inside `wait` or `clear`
+            buffer.stop()
+        stopped.set()
+
+    threading.Thread(target=handler, daemon=True).start()
+    assert stopped.wait(10)
+    assert running.wait() == "done"
+
+
+def test_the_end_may_come_while_a_connection_begins(run_buffer, raw, monkeypatch):
+    beginning, go_on = threading.Event(), threading.Event()
+
+    class SlowThread(threading.Thread):
+        def start(self) -> None:
+            beginning.set()
+            assert go_on.wait(20)
+            super().start()
+
+    running = run_buffer()
+    monkeypatch.setattr("nngstream.connections.threading.Thread", SlowThread)
+    raw(running.inp)
+    assert beginning.wait(10)
+    monkeypatch.undo()
+    results: list[object] = []
+
+    def join() -> None:
+        try:
+            results.append(running.buffer._connections.join("in", 0.1))
+        except RuntimeError as error:
+            results.append(error)
+
+    joiner = threading.Thread(target=join)
+    joiner.start()
+    joiner.join(0.5)  # as far as it gets before the other thread goes on
+    go_on.set()
+    joiner.join(10)
+    assert results == [False]
+
+
+def test_a_send_buffer_the_kernel_does_not_grant_is_told_once(
+    run_buffer, raw, pull_greeting, monkeypatch, caplog, wait_until
+):
+    running = run_buffer(send_buffer="64MB")
+    monkeypatch.setattr("nngstream.stream.Stream.send_buffer", lambda _stream, _nbytes: 2 * 4_194_304)
+    for number in range(2):
+        raw(running.out, pull_greeting)
+        wait_until(lambda number=number: running.status()["consumers"] == number + 1, 10, "consumer")
+    (told,) = [record.getMessage() for record in caplog.records if "send_buffer" in record.getMessage()]
+    assert "64000000 bytes are wanted, the kernel grants 4194304" in told
+    assert "net.core.wmem_max" in told
+
+
+@pytest.mark.parametrize("options", [{"send_buffer": "64KiB"}, {}])
+def test_a_send_buffer_that_is_granted_or_was_not_asked_for_is_not_worth_a_word(
+    run_buffer, raw, pull_greeting, monkeypatch, caplog, wait_until, options
+):
+    running = run_buffer(**options)
+    monkeypatch.setattr("nngstream.stream.Stream.send_buffer", lambda _stream, _nbytes: 2 * 212_992)
+    raw(running.out, pull_greeting)
+    wait_until(lambda: running.status()["consumers"] == 1, 10, "consumer")
+    assert "send_buffer" not in caplog.text

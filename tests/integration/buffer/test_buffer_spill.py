@@ -98,9 +98,9 @@ def test_a_full_disk_falls_back_to_back_pressure(
     assert [int(message[:12]) for message in collector.finish()] == list(range(count))
 
 
-def _start(start, folder, *words):
+def _start(start, folder, *words, command=("nngstream",)):
     child = start(
-        "nngstream", "--in", "tcp://127.0.0.1:0", "--out", "tcp://127.0.0.1:0", "--status", "http://127.0.0.1:0",
+        *command, "--in", "tcp://127.0.0.1:0", "--out", "tcp://127.0.0.1:0", "--status", "http://127.0.0.1:0",
         "--spill", str(folder), "--grace", "0.1", "--drain", "0.3", *words,
     )  # fmt: skip
     child.wait_for_output("status http")
@@ -148,11 +148,33 @@ def test_a_stop_signal_keeps_what_nobody_took_for_the_next_start(start, zmq_push
     push.close()
     assert "50 messages (90 bytes) wait in" in child.output()
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert (summary["held"]["messages"], summary["lost"]["messages"]) == (50, 0)
+    assert (summary["state"], summary["held"]["messages"], summary["lost"]["messages"]) == ("failed", 50, 0)
     again, urls = _start(start, tmp_path / "s", "--producers", "0")
     pull = zmq_pull(urls["out"])
     assert [pull.recv() for _ in range(50)] == [b"%d" % number for number in range(50)]
     assert again.wait(10) == 0
+
+
+def test_a_stop_inside_a_record_keeps_only_what_nobody_has_had(
+    run_buffer, zmq_push, raw, pull_greeting, zmq_pull, tmp_path, wait_until
+):
+    first = run_buffer(spill=str(tmp_path / "s"), drain=0.3, send_buffer="64KiB")
+    push = zmq_push(first.inp)
+    for number in range(100):
+        push.send(b"%03d" % number + bytes(100_000))
+    wait_until(lambda: first.amounts()[0] == 100, 10, "all messages")
+    wait_until(lambda: first.buffer.pool.used == 0, 10, "empty memory")
+    raw(first.out, pull_greeting)  # takes what its socket holds, and reads nothing
+    wait_until(lambda: first.status()["consumers"] == 1, 10, "consumer")
+    first.buffer.stop()
+    assert first.wait() == "failed"
+    _, sent, held, lost = first.amounts()
+    assert sent + lost > 0
+    second = run_buffer(spill=str(tmp_path / "s"), producers=0)
+    assert second.buffer.recovered == held
+    pull = zmq_pull(second.out)
+    assert [int(pull.recv()[:3]) for _ in range(held)] == list(range(sent + lost, 100))
+    assert second.wait() == "done"
 
 
 def test_a_record_that_was_not_written_wholly_is_not_offered(start, zmq_push, zmq_pull, tmp_path, wait_until):
@@ -172,6 +194,25 @@ def test_a_record_that_was_not_written_wholly_is_not_offered(start, zmq_push, zm
     assert pull.recv()[:1] == b"0"
     assert again.wait(10) == 0
     assert "were not written wholly" in again.output()
+
+
+def test_messages_on_disk_take_no_files_of_the_process(start, zmq_push, zmq_pull, tmp_path, wait_until):
+    few = ("sh", "-c", 'ulimit -n 40; exec nngstream "$@"', "sh")
+    child, urls = _start(start, tmp_path / "s", "--capacity", "8MiB", "--sentinel", "1", command=few)
+    push = zmq_push(urls["in"])
+    count, size = 150, 600_000  # each is a record of its own
+    sender = threading.Thread(target=lambda: [push.send(b"%012d" % number + bytes(size)) for number in range(count)])
+    sender.start()
+    wait_until(lambda: _status(urls["status"])["received"]["messages"] == count, 20, "all messages")
+    wait_until(lambda: _status(urls["status"])["disk_bytes"] > count * size, 20, "all on disk")
+    sender.join(10)
+    pull = zmq_pull(urls["out"])
+    assert [int(pull.recv()[:12]) for _ in range(count)] == list(range(count))
+    push.close()
+    assert pull.recv() == b""
+    assert child.wait(20) == 0
+    assert "cannot write" not in child.output()
+    assert _segments(tmp_path / "s") == []
 
 
 def test_two_buffers_cannot_share_a_folder(start, run_buffer, tmp_path):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 
 import pytest
 
 from nngstream.errors import InterruptedWaitError, OversizeError
-from nngstream.memory import BATCH_OVERHEAD, Pool
+from nngstream.memory import BATCH_OVERHEAD, Pool, _Slab
 
 MB = 1 << 20
 
@@ -185,4 +186,45 @@ def test_growing_messages_that_fill_everything_let_one_go_beyond(wait_until):
     thread.join(5)
     assert not thread.is_alive()
     second.drop()
+    assert pool.used == 0
+
+
+def test_memory_the_system_does_not_give_is_not_counted(monkeypatch):
+    pool = Pool(8 * MB)
+    chunk = pool.chunk()
+    grown = pool.slab(MB, always)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Slab, "fresh", refuse)
+        patch.setattr(_Slab, "resized", refuse)
+        for ask in (
+            lambda: pool.slab(3 * MB, always),
+            lambda: pool.exchange(chunk, always),
+            lambda: pool.grow(grown, 7 * MB, always),
+        ):
+            with pytest.raises(OSError, match="Cannot allocate memory"):
+                ask()
+            assert pool.used == MB
+    chunk.drop()
+    grown.drop()
+    assert pool.used == 0
+    whole = pool.slab(8 * MB, always)
+    whole.drop()
+    assert pool.used == 0
+
+
+def test_a_slab_that_could_not_grow_serves_the_next_message():
+    pool = Pool(8 * MB)
+    slab = pool.slab(MB, always)
+    assert isinstance(slab.slab, _Slab)
+    with memoryview(slab.slab.mapping), pytest.raises(BufferError):  # a mapping that is looked at cannot move
+        pool.grow(slab, 2 * MB, always)
+    assert pool.used == MB
+    slab.drop()
+    again = pool.slab(MB, always)
+    again.view[:1] = b"y"
+    again.drop()
     assert pool.used == 0
