@@ -171,7 +171,7 @@ class PsikBackend:
                 log.error("job %s: its logs and results stay at the other site: %s", job.stamp, error)
             self._jobs.pop(native_id, None)
             self._canceled.discard(native_id)
-        return [_report(line) for line in history if line.state in _FACTS]
+        return [_report(line, native_id) for line in history if line.state in _FACTS]
 
     async def cancel(self, job: Job) -> None:
         """Ask the other service, once."""
@@ -220,9 +220,12 @@ class PsikBackend:
                     yield found
 
 
-def _report(line: Transition) -> Report:
+def _report(line: Transition, native_id: str) -> Report:
+    # There `queued` names what the other service's own scheduler calls the job. Here it is the job's id at that
+    # service, by which we go on asking when its scheduler has put the job back into its queue.
+    info = native_id if line.state is JobState.queued else line.info
     # The published service writes attempt 0 for a cancellation.
-    return Report(_FACTS[line.state], line.time, line.jobndx or None, line.info)
+    return Report(_FACTS[line.state], line.time, line.jobndx or None, info)
 
 
 def _names(root: Path) -> list[str]:
