@@ -61,7 +61,7 @@ def test_a_job_runs_at_the_other_site_and_its_results_come_back(both: Any, other
     assert time.monotonic() - began < 15
     assert client.logs(jobid)["stdout.1"] == "from here\n"
     assert client.download(jobid, "out/a/result") == b"r\n"
-    assert "big (5000 bytes) stays at" in client.logs(jobid)["console"]
+    assert "big (5000 bytes): `fetch_bytes` allows" in client.logs(jobid)["console"]
     assert (other_site.prefix / history[1].info / "work" / "big").stat().st_size == 5000
     assert both.processes() == []
 
@@ -145,6 +145,15 @@ class ScriptedSite:
     listings: dict[str, dict[str, FileStat]] = field(default_factory=dict)
     data: dict[str, bytes] = field(default_factory=dict)
     asked: Counter[str] = field(default_factory=Counter)
+
+    def has(self, data: dict[str, bytes], **folders: dict[str, bytes]) -> None:
+        """The job left these files, and folders with files."""
+        self.listings[""] = {name: FileStat(size=len(text), atime=0, mtime=0) for name, text in data.items()}
+        self.data.update(data)
+        for folder, files in folders.items():
+            self.listings[""][folder] = FileStat(size=0, atime=0, mtime=0, children=True)
+            self.listings[folder] = {name: FileStat(size=len(text), atime=0, mtime=0) for name, text in files.items()}
+            self.data.update({f"{folder}/{name}": text for name, text in files.items()})
 
     def app(self) -> FastAPI:
         app = FastAPI()
@@ -232,3 +241,26 @@ def test_a_job_that_the_scheduler_there_queues_again_is_followed_to_its_end(
     assert states(history) == [*COMPLETE[:3], "2:queued", "2:active", "2:completed"]
     assert [line.info for line in history if line.state is JobState.queued] == [scripted.jobid, scripted.jobid]
     assert "4711" not in scripted.asked
+
+
+def test_results_that_cannot_be_kept_are_named_and_do_not_keep_a_job_from_its_end(
+    service: Any, scripted: ScriptedSite, until_state: Any, until_final: Any
+) -> None:
+    client = service.client()
+    jobid = client.create(JobSpec(script="true", backend="olcf"))
+    client.upload(jobid, "out/a", b"a folder here is a file there")
+    client.upload(jobid, "in", b"and the other way round")
+    client.start(jobid)
+    until_state(client, jobid, JobState.active)
+    scripted.has({"out": b"x", "back\\slash": b"x", "good": b"kept"}, **{"in": {"a": b"x"}, "fold\\er": {"a": b"x"}})
+    del scripted.listings["fold\\er"]
+    scripted.history.append((1, "completed", "0"))
+    history = until_final(client, jobid)
+    assert states(history) == COMPLETE
+    assert client.download(jobid, "good") == b"kept"
+    assert client.download(jobid, "out/a") == b"a folder here is a file there"
+    logs = client.logs(jobid)
+    assert logs["stdout.1"] == "said there\n"
+    for name in ("out", "back\\slash", "in/a", "fold\\er/"):
+        assert f"stays at {scripted.url}, job {scripted.jobid}: {name}: " in logs["console"]
+    assert scripted.asked["out"] == 1
