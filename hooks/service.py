@@ -6,6 +6,7 @@ never pass through Airflow.
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import urlsplit
@@ -70,7 +71,8 @@ class ServiceHook(BaseHook):
                 connection = self.get_connection(self.conn_id)
             except AirflowNotFoundException as error:
                 raise self._undefined() from error
-            self._endpoint = self._read(connection)
+            base_url, prefix, folder = self._read(connection)
+            self._endpoint = Endpoint(base_url, prefix, Credentials(folder))
         return self._endpoint
 
     async def aendpoint(self) -> Endpoint:
@@ -80,16 +82,15 @@ class ServiceHook(BaseHook):
                 connection = await self.aget_connection(self.conn_id)
             except AirflowNotFoundException as error:
                 raise self._undefined() from error
-            self._endpoint = self._read(connection)
+            base_url, prefix, folder = self._read(connection)
+            # The folder is looked at, and may be on a slow network file system.
+            self._endpoint = Endpoint(base_url, prefix, await asyncio.to_thread(Credentials, folder))
         return self._endpoint
 
-    def _read(self, connection: Connection) -> Endpoint:
+    def _read(self, connection: Connection) -> tuple[str, str, str]:
+        """Address, prefix and certificate folder, as the connection has them."""
         extra = connection.extra_dejson
-        return Endpoint(
-            base_url=self._base_url(connection),
-            prefix=self._prefix(extra),
-            credentials=Credentials(self._folder(extra)),
-        )
+        return self._base_url(connection), self._prefix(extra), self._folder(extra)
 
     def _base_url(self, connection: Connection) -> str:
         host = (connection.host or "").strip()

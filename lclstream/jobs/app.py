@@ -70,7 +70,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 Caller = Annotated[Identity, Depends(peer_identity)]
 
 
-def _engine(request: Request) -> Engine:
+# Dependencies are `async` so that they run in the event loop, which owns the engine, and not in a thread.
+async def _engine(request: Request) -> Engine:
     engine: Engine = request.app.state.engine
     return engine
 
@@ -81,7 +82,7 @@ Jobs = Annotated[Engine, Depends(_engine)]
 def _job_for(action: Action) -> Any:
     """A dependency: the job of the path, when the caller may do this with it."""
 
-    def find(
+    async def find(
         jobid: Annotated[str, Path(description="the job's id", json_schema_extra={"pattern": JOB_ID.pattern})],
         caller: Caller,
         engine: Jobs,

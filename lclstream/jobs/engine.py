@@ -103,6 +103,7 @@ class Engine:
         self._backends = {name: _backend(settings, credentials) for name, settings in config.backends.items()}
         self._followers: dict[str, asyncio.Task[None]] = {}
         self._making = asyncio.Lock()
+        self._made: set[asyncio.Task[Job]] = set()
         self._leases = Leases(self._lease_expired)
         self._watches: list[asyncio.Task[None]] = []
 
@@ -136,6 +137,8 @@ class Engine:
 
     async def stop(self) -> None:
         """Stop following. Jobs keep running, unless the configuration says that they end with the service."""
+        while self._made:
+            await asyncio.wait(self._made)
         if self.config.cancel_jobs_on_exit:
             await self._cancel_all()
             await self._outbox.flush(_LAST_CALLBACKS_WITHIN_S)
@@ -211,9 +214,28 @@ class Engine:
             OSError: the folder cannot be written.
         """
         self._check_lease(lease_s)
-        digest = _digest(spec)
-        key = (owner.login, owner.issuer, idempotency_key) if idempotency_key is not None else None
-        async with self._making:
+        # A request that is cut off while it waits makes no job. From here on it makes a whole one: the thread that
+        # makes the folder goes on, and nobody would know of that job before the next start; the same key would make
+        # another one.
+        await self._making.acquire()
+        making = asyncio.create_task(self._make(spec, owner, start, idempotency_key, lease_s, tags), name="new job")
+        self._made.add(making)
+        making.add_done_callback(self._made.discard)
+        return await asyncio.shield(making)
+
+    async def _make(
+        self,
+        spec: JobSpec,
+        owner: Identity,
+        start: bool,
+        idempotency_key: str | None,
+        lease_s: float | None,
+        tags: Mapping[str, str] | None,
+    ) -> Job:
+        """Make a job while we hold the lock, and let it go."""
+        try:
+            digest = _digest(spec)
+            key = (owner.login, owner.issuer, idempotency_key) if idempotency_key is not None else None
             if key is not None and key in self._by_key:
                 job = self._jobs[self._by_key[key]]
                 if job.folder.notes().request_sha256 != digest:
@@ -237,9 +259,11 @@ class Engine:
                 self._know(job, folder.notes())
             if lease_s is not None and not job.is_final and not job.cancel_requested:
                 self.renew(job, lease_s)
-        if start:
-            self.start_job(job)
-        return job
+            if start:
+                self.start_job(job)
+            return job
+        finally:
+            self._making.release()
 
     def _check_lease(self, lease_s: float | None) -> None:
         if lease_s is not None and lease_s > self.config.max_lease_s:

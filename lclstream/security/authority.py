@@ -16,8 +16,11 @@ from certified.cert_info import CertInfo
 from certified.models import TrustedService
 from certified.serial import cert_to_b64
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import NameOID
 
 from lclstream.security.credentials import Credentials
+from lclstream.security.identity import Identity
 
 #: Names under which services of a site on one machine are reached.
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
@@ -64,7 +67,10 @@ class SiteAuthority:
         return Credentials(folder)
 
     def introduce(self, stranger: Credentials, *, service: str, url: str) -> None:
-        """Sign another site's member for our services (`certified introduce` and `add-intro`).
+        """Sign another site's member for our services (as `certified introduce` and `add-intro` do).
+
+        The member's own site, or he himself, chose what is in his certificate. Only his key is taken from it as it is:
+        here he is ``login@site``, which none of our own logins is, and he can pose as no service.
 
         Args:
             stranger: the folder of the other site's member; it gets a certificate signed by us.
@@ -73,8 +79,22 @@ class SiteAuthority:
         """
         member = Certified(stranger.folder)
         certificate = x509.load_pem_x509_certificate(stranger.certificate.read_bytes())
-        signed = self._authority.issue_cert(CertInfo.load(certificate))
+        signed = self._authority.issue_cert(
+            CertInfo(_guest_name(certificate), None, CertInfo.load(certificate).pubkey, is_ca=False)
+        )
         member.add_identity(signed, self._authority.certificate, overwrite=True)
         issuer = encode.rfc4514name(self._authority.certificate.subject)
         entry = TrustedService(url=url, cert=cert_to_b64(self._authority.certificate), auths=[issuer])
         member.add_service(service, entry, overwrite=True)
+
+
+def _guest_name(certificate: x509.Certificate) -> x509.Name:
+    """The subject's name with the login ``login@site``: we vouch for it, and another site's `ada` is not our `ada`."""
+    login = Identity.of_certificate(certificate.public_bytes(Encoding.DER)).login
+    issuer = certificate.issuer
+    named = issuer.get_attributes_for_oid(NameOID.ORGANIZATION_NAME) or issuer.get_attributes_for_oid(
+        NameOID.COMMON_NAME
+    )
+    site = str(named[0].value) if named else issuer.rfc4514_string()
+    others = [attribute for attribute in certificate.subject if attribute.oid != NameOID.USER_ID]
+    return x509.Name([*others, x509.NameAttribute(NameOID.USER_ID, f"{login}@{site}")])

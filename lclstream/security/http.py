@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import logging
 import ssl
@@ -57,18 +58,42 @@ class _Live:
         stamps = self._stamps()
         if stamps == self._seen:
             return
+        if self._usable():
+            self._take()
+        self._seen = stamps
+
+    async def abefore(self) -> None:
+        """The same without making the event loop wait for the folder, which may be on a network file system."""
+        stamps = await asyncio.to_thread(self._stamps)
+        if stamps == self._seen:
+            return
+        if await asyncio.to_thread(self._usable):
+            # Not in a thread: connections that begin meanwhile read the context.
+            self._take()
+        self._seen = stamps
+
+    def _usable(self) -> bool:
+        """Whether the folder can be used; a half-written pair must not spoil the context that is in use."""
         try:
             self._credentials.check_key()
-            # Tried out first: a half-written pair must not spoil the context that is in use.
             self._credentials.client_context(self._url)
-            self._credentials.fill_client_context(self.context, self._url)
         except (OSError, CredentialsError) as error:  # ssl.SSLError is an OSError
-            log.warning(
-                "%s: the changed certificate cannot be used (%s); the one read before stays in use",
-                self._credentials.folder,
-                error,
-            )
-        self._seen = stamps
+            self._left(error)
+            return False
+        return True
+
+    def _take(self) -> None:
+        try:
+            self._credentials.fill_client_context(self.context, self._url)
+        except (OSError, CredentialsError) as error:
+            self._left(error)
+
+    def _left(self, error: Exception) -> None:
+        log.warning(
+            "%s: the changed certificate cannot be used (%s); the one read before stays in use",
+            self._credentials.folder,
+            error,
+        )
 
     def after(self, request: httpx.Request) -> None:
         """The service answered; what breaks from here on, breaks within its answer."""
@@ -119,11 +144,11 @@ class _AsyncTransport(httpx.AsyncHTTPTransport):
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send one request."""
-        self._live.before()
+        await self._live.abefore()
         try:
             response = await super().handle_async_request(request)
         except httpx.TransportError:
-            self._live.failed(request)
+            await asyncio.to_thread(self._live.failed, request)
             raise
         self._live.after(request)
         return response

@@ -77,7 +77,7 @@ class _NoCertificate(Credentials):
 
 
 class Compute:
-    """The jobs of all machines.
+    """The jobs of all machines. The event loop owns it, as it does the engine.
 
     Args:
         engine: runs them.
@@ -176,7 +176,7 @@ class Compute:
             return job.native_id or ""
         return job.stamp.replace(".", "")
 
-    def query(self, user: str, machine: str, wanted: dict[str, set[str]], *, ended: bool) -> list[dict[str, str]]:
+    async def query(self, user: str, machine: str, wanted: dict[str, set[str]], *, ended: bool) -> list[dict[str, str]]:
         """Jobs as squeue (live ones) or sacct (`ended`: all) shows them, newest first.
 
         Args:
@@ -185,11 +185,18 @@ class Compute:
             wanted: ``jobid``, ``user``, ``partition``, ``name``: any of these values.
             ended: whether those that have ended are shown.
         """
+        asked = [
+            job
+            for job in self._engine.jobs(owner(user))
+            if job.backend == machine and job.native_id is not None and (ended or not job.is_final)
+        ]
+        specs = await asyncio.to_thread(lambda: [job.spec() for job in asked])
         shown = []
-        for job in self._engine.jobs(owner(user)):
-            if job.backend != machine or job.native_id is None or (job.is_final and not ended):
+        for job, spec in zip(asked, specs, strict=True):
+            if job.is_final and not ended:
+                # It ended while the files were read.
                 continue
-            line = self._sacct(job) if ended else self._squeue(job)
+            line = self._sacct(job, spec) if ended else self._squeue(job, spec)
             name = line["jobname" if ended else "name"]
             values = {"jobid": line["jobid"], "user": user, "partition": line["partition"], "name": name}
             if all(values.get(key) in among for key, among in wanted.items()):
@@ -208,8 +215,7 @@ class Compute:
                 return
         raise NoSuchJobError(f"scancel: error: Kill job error on job id {number}: Invalid job id specified")
 
-    def _common(self, job: Job) -> dict[str, str]:
-        spec = job.spec()
+    def _common(self, job: Job, spec: JobSpec) -> dict[str, str]:
         return {
             "jobid": self.number(job),
             "user": job.login,
@@ -221,22 +227,22 @@ class Compute:
             "nodelist": next((line.info for line in reversed(job.history) if line.state is JobState.active), ""),
         }
 
-    def _squeue(self, job: Job) -> dict[str, str]:
+    def _squeue(self, job: Job, spec: JobSpec) -> dict[str, str]:
         state = "RUNNING" if job.state is JobState.active else "PENDING"
         return {
-            **self._common(job),
+            **self._common(job, spec),
             "name": job.name,
             "state": state,
             "st": state[0] if state == "RUNNING" else "PD",
             "submit_time": _time(job, JobState.queued),
             "start_time": _time(job, JobState.active),
-            "time_limit": f"{job.spec().resources.duration:g}:00",
+            "time_limit": f"{spec.resources.duration:g}:00",
             "reason": "None",
         }
 
-    def _sacct(self, job: Job) -> dict[str, str]:
+    def _sacct(self, job: Job, spec: JobSpec) -> dict[str, str]:
         state, code = _end(job)
-        common = self._common(job)
+        common = self._common(job, spec)
         return {
             **common,
             "jobname": job.name,

@@ -253,7 +253,7 @@ def clients(user: User, ours: Ours) -> list[dict[str, Any]]:
     ]
 
 
-# --- jobs and tasks
+# --- jobs and tasks: the event loop owns the engine, so none of these may run in a thread
 
 
 @api.post("/compute/jobs/{machine}")
@@ -275,7 +275,7 @@ async def submit(
 
 @api.get("/compute/jobs/{machine}")
 @api.get("/compute/jobs/{machine}/{number}")
-def jobs(
+async def jobs(
     machine: Machine,
     user: User,
     ours: Ours,
@@ -291,11 +291,11 @@ def jobs(
         if name not in ("jobid", "user", "partition", "name"):
             return {"status": "ERROR", "output": [], "error": f"{name}: not known here"}
         wanted[name] = set(values.split(","))
-    return {"status": "OK", "output": ours.compute.query(user.name, machine, wanted, ended=sacct), "error": None}
+    return {"status": "OK", "output": await ours.compute.query(user.name, machine, wanted, ended=sacct), "error": None}
 
 
 @api.delete("/compute/jobs/{machine}/{number}")
-def cancel(machine: Machine, number: str, user: User, ours: Ours) -> dict[str, Any]:
+async def cancel(machine: Machine, number: str, user: User, ours: Ours) -> dict[str, Any]:
     """Ask for a job's end."""
     try:
         ours.compute.cancel(user.name, machine, number)
@@ -305,13 +305,13 @@ def cancel(machine: Machine, number: str, user: User, ours: Ours) -> dict[str, A
 
 
 @api.get("/tasks")
-def tasks(user: User, ours: Ours) -> dict[str, Any]:
+async def tasks(user: User, ours: Ours) -> dict[str, Any]:
     """The user's tasks."""
     return {"tasks": ours.compute.tasks(user.name)}
 
 
 @api.get("/tasks/{task}")
-def task(task: str, user: User, ours: Ours) -> dict[str, Any]:
+async def task(task: str, user: User, ours: Ours) -> dict[str, Any]:
     """One task."""
     try:
         return ours.compute.task(user.name, task)

@@ -7,6 +7,7 @@ state is told to anybody, so that whoever sees the end can read them here.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import secrets
@@ -38,6 +39,8 @@ _FACTS = {
 }
 #: Folders inside folders that are brought here.
 _DEEPEST = 16
+#: Errors of a disk or of this process that have nothing to do with the file that met them, and that may pass.
+_PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
 class PsikBackend:
@@ -171,7 +174,7 @@ class PsikBackend:
                 log.error("job %s: its logs and results stay at the other site: %s", job.stamp, error)
             self._jobs.pop(native_id, None)
             self._canceled.discard(native_id)
-        return [_report(line) for line in history if line.state in _FACTS]
+        return [_report(line, native_id) for line in history if line.state in _FACTS]
 
     async def cancel(self, job: Job) -> None:
         """Ask the other service, once."""
@@ -187,42 +190,84 @@ class PsikBackend:
     # --- results
 
     async def _fetch(self, job: Job, native_id: str) -> None:
-        """Bring logs and results here. What cannot be kept here is named in the console log."""
-        for name, text in (await self._there.logs(native_id)).items():
-            with confined.replacing(job.folder.log, name) as file:
-                file.write(text.encode())
+        """Bring logs and results here. What cannot be kept here is named in the console log.
+
+        Raises:
+            PeerError, OSError: it may go better later.
+        """
+        # Written at the end: a fetch that is repeated says it once.
+        stays: list[str] = []
+        try:
+            logs = await self._there.logs(native_id)
+        except (PeerError, ValueError) as error:
+            stays.append(_lasting(error, "log/"))
+            logs = {}
+        for name, text in logs.items():
+            try:
+                if confined.parts_of(name) != [name]:
+                    raise confined.OutsideFolderError(f"{name!r} is no name of a log")
+                _keep(job.folder.log, name, text.encode(errors="replace"))
+            except (OSError, ValueError) as error:
+                stays.append(_lasting(error, f"log/{name}"))
         left = self._config.fetch_bytes
-        async for name, size in self._results(native_id, "", _DEEPEST):
+        async for name, size in self._results(native_id, "", _DEEPEST, stays):
             if size > left:
-                with open(job.folder.log / "console", "a") as console:
-                    console.write(f"{name} ({size} bytes) stays at {self._config.url}, job {native_id}\n")
+                stays.append(f"{name} ({size} bytes): `fetch_bytes` allows {left} more")
                 continue
             left -= size
             try:
-                data = await self._there.download(native_id, name)
-            except ServiceError as error:
-                if error.retry:
-                    raise
-                log.warning("job %s: %s is not brought here: %s", job.stamp, name, error)
-                continue
-            with confined.replacing(Path(job.directory), name) as file:
-                file.write(data)
+                # A name that cannot be one here is not worth the download.
+                confined.parts_of(name)
+                _keep(Path(job.directory), name, await self._there.download(native_id, name))
+            except (OSError, ValueError) as error:
+                stays.append(_lasting(error, name))
+        if stays:
+            log.warning("job %s: %d of its logs and results stay at %s", job.stamp, len(stays), self._config.url)
+            with open(job.folder.log / "console", "a", encoding="utf-8", errors="replace") as console:
+                console.writelines(f"stays at {self._config.url}, job {native_id}: {one}\n" for one in stays)
 
-    async def _results(self, native_id: str, folder: str, depth: int) -> AsyncIterator[tuple[str, int]]:
+    async def _results(
+        self, native_id: str, folder: str, depth: int, stays: list[str]
+    ) -> AsyncIterator[tuple[str, int]]:
         if self._config.fetch_bytes == 0:
             return
-        for name, status in (await self._there.files(native_id, folder)).items():
+        try:
+            listed = await self._there.files(native_id, folder)
+        except (PeerError, ValueError) as error:
+            stays.append(_lasting(error, f"{folder}/"))
+            return
+        for name, status in listed.items():
             path = f"{folder}/{name}" if folder else name
             if status.children is False:
                 yield path, status.size
             elif depth > 0:
-                async for found in self._results(native_id, path, depth - 1):
+                async for found in self._results(native_id, path, depth - 1, stays):
                     yield found
+            else:
+                stays.append(f"{path}/: too many folders in each other")
 
 
-def _report(line: Transition) -> Report:
+def _keep(root: Path, name: str, data: bytes) -> None:
+    with confined.replacing(root, name) as file:
+        file.write(data)
+
+
+def _lasting(error: Exception, name: str) -> str:
+    """What to say of a file that will never come here; an error that may pass is raised again."""
+    if isinstance(error, PeerError):
+        if error.retry or not isinstance(error, ServiceError):
+            raise error
+    elif isinstance(error, OSError) and error.errno in _PASSING:
+        raise error
+    return f"{name}: {(error.strerror if isinstance(error, OSError) else None) or error}"
+
+
+def _report(line: Transition, native_id: str) -> Report:
+    # There `queued` names what the other service's own scheduler calls the job. Here it is the job's id at that
+    # service, by which we go on asking when its scheduler has put the job back into its queue.
+    info = native_id if line.state is JobState.queued else line.info
     # The published service writes attempt 0 for a cancellation.
-    return Report(_FACTS[line.state], line.time, line.jobndx or None, line.info)
+    return Report(_FACTS[line.state], line.time, line.jobndx or None, info)
 
 
 def _names(root: Path) -> list[str]:

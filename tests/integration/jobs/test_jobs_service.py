@@ -214,6 +214,19 @@ def test_another_users_job_is_not_there(running: Any, client: JobClient) -> None
     assert bob.list(others=True) == []
 
 
+def test_an_introduced_stranger_is_not_the_local_user_of_the_same_login(
+    running: Any, sites: dict[str, SiteAuthority]
+) -> None:
+    jobid = running.client("emmy").create(JobSpec(script="true"))
+    stranger = sites["olcf"].member("emmy")
+    sites["s3df"].introduce(stranger, service="s3df", url=running.url)
+    with JobClient(running.url, stranger) as client:
+        assert refused(lambda: client.history(jobid)).status == 404
+        assert refused(lambda: client.cancel(jobid)).status == 404
+        assert client.list() == []
+    assert [job.jobid for job in running.client("emmy").list()] == [jobid]
+
+
 def test_an_operator_sees_and_ends_jobs_but_does_not_read_or_change_them(
     running: Any, client: JobClient, until_final: Any
 ) -> None:

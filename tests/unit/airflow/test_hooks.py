@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -92,6 +93,31 @@ def test_a_connection_nobody_has_defined_is_named() -> None:
         PsikHook("nowhere").endpoint()
     with pytest.raises(ConnectionDefinitionError, match="'nowhere'"):
         asyncio.run(PsikHook("nowhere").aendpoint())
+
+
+def test_an_event_loop_goes_on_while_a_certificate_folder_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch, connection: Callable[..., None], airflow_identity: Credentials
+) -> None:
+    connection("psik_default", "psik", "https://127.0.0.1:9", airflow_identity.folder)
+    asked, answers = threading.Event(), threading.Event()
+    check = Credentials.check_key
+
+    def slow(credentials: Credentials) -> None:
+        asked.set()
+        assert answers.wait(10), "nothing went on meanwhile"
+        check(credentials)
+
+    monkeypatch.setattr(Credentials, "check_key", slow)
+
+    async def meanwhile() -> None:
+        assert await asyncio.to_thread(asked.wait, 10)
+        answers.set()
+
+    async def work() -> None:
+        endpoint, _ = await asyncio.gather(PsikHook().aendpoint(), meanwhile())
+        assert endpoint.credentials.folder == airflow_identity.folder
+
+    asyncio.run(work())
 
 
 def test_a_missing_service_is_unreachable(connection: Callable[..., None], airflow_identity: Credentials) -> None:

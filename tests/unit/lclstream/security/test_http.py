@@ -6,6 +6,7 @@ import asyncio
 import datetime
 import logging
 import os
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from lclstream.security.credentials import Credentials
 from lclstream.security.errors import AuthenticationError, UnreachableError
 from lclstream.security.identity import Identity
 from lclstream.security.server import peer_identity
+from lclstream.security.stamp import Stamp
 
 from .conftest import Running, copy_of
 
@@ -173,3 +175,38 @@ def test_our_own_expired_certificate_is_named_even_where_we_were_accepted_before
         ):
             client.get("/who")
     assert not told.value.retry
+
+
+class SlowFolder:
+    """The certificate folder lies on a file system that answers when the test lets it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.order: list[str] = []
+        self._asked, self._answers = threading.Event(), threading.Event()
+        self._stamps = http._Live._stamps
+        monkeypatch.setattr(http._Live, "_stamps", lambda live: self._slow(live))
+
+    def _slow(self, live: http._Live) -> dict[Path, Stamp | None]:
+        self._asked.set()
+        assert self._answers.wait(10), "nothing went on meanwhile"
+        self.order.append("the folder has answered")
+        return self._stamps(live)
+
+    async def meanwhile(self) -> None:
+        """Something else that the event loop does."""
+        assert await asyncio.to_thread(self._asked.wait, 10)
+        self.order.append("something else went on")
+        self._answers.set()
+
+
+def test_an_event_loop_goes_on_while_a_certificate_folder_does_not_answer(
+    service: Running, ada: Credentials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work() -> list[str]:
+        async with http.async_client(service.url, ada) as client:
+            slow = SlowFolder(monkeypatch)
+            answer, _ = await asyncio.gather(client.get("/who"), slow.meanwhile())
+            assert answer.status_code == 200
+            return slow.order
+
+    assert asyncio.run(work()) == ["something else went on", "the folder has answered"]

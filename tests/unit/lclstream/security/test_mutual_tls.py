@@ -15,6 +15,9 @@ from typing import Any
 import httpx
 import pytest
 from certified import encode
+from certified.ca import CA
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 from fastapi import Depends, FastAPI
 
 from lclstream.security import http
@@ -88,8 +91,25 @@ def test_an_introduced_member_of_another_site_is_served(service: tuple[str, Site
     guest = SiteAuthority(tmp_path / "away", "away").member("guest")
     home.introduce(guest, service="home", url=url)
     answer = call(url, guest)
-    assert answer["login"] == "guest"
+    assert answer["login"] == "guest@away"
     assert "O=home" in answer["issuer"]
+
+
+def test_an_introduced_certificate_can_pose_as_no_local_user_and_no_service(tmp_path: Path) -> None:
+    home = SiteAuthority(tmp_path / "home", "home")
+    # All of this the stranger chooses himself.
+    folder = tmp_path / "mallory"
+    (folder / "known_servers").mkdir(parents=True)
+    name = x509.Name([*encode.person_name("ada", uname="ada"), *encode.person_name("root", uname="root")])
+    CA.new(name, encode.SAN(hosts=["localhost"])).save(folder / "id")
+    home.introduce(Credentials(folder), service="home", url="https://127.0.0.1:1")
+    (path,) = (folder / "id").glob("*.crt")
+    signed = x509.load_pem_x509_certificate(path.read_bytes())
+    identity = Identity.of_certificate(signed.public_bytes(Encoding.DER))
+    assert identity.login == "ada@ada"
+    with pytest.raises(x509.ExtensionNotFound):
+        signed.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    assert not signed.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
 
 
 def test_a_client_without_a_certificate_is_refused(service: tuple[str, SiteAuthority]) -> None:
