@@ -107,6 +107,9 @@ class HDF5BinarySerializer(Serializer):
     def _add_slowly(self, event: Event) -> list[Message]:
         values = {name: self._storable(name, event) for name in self.paths}
         event = Event(values, event.index, event.run, event.timestamp_ns)
+        # What only had to be turned into bytes or an array fits now: moving the batch would copy and compress it again.
+        if self._batch is not None and self._batch.add(event):
+            return []
         missing = {name for name, value in values.items() if value is None}
         self.incomplete |= missing
         messages: list[Message] = []

@@ -106,6 +106,19 @@ def test_arrays_of_strings_survive(datasets: Callable[[bytes], dict[str, Any]]) 
     assert datasets(message)["/s"].tolist() == [["mfx", "7"], ["tmo", "10"]]
 
 
+def test_events_with_strings_are_added_without_moving_those_before(
+    datasets: Callable[[bytes], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = serializer({"s": "/s", "n": "/n", "a": "/a"}, "gzip")
+    moved = []
+    move = HDF5BinarySerializer._moved
+    monkeypatch.setattr(writer, "_moved", lambda *given: moved.append(writer._batch) or move(writer, *given))
+    texts = [f"shot {number}" for number in range(8)]
+    (message,) = messages(writer, *({"s": np.array(text), "n": 7, "a": np.full((20, 20), 3.0)} for text in texts))
+    assert datasets(message)["/s"].tolist() == texts
+    assert not moved
+
+
 @pytest.mark.parametrize(
     ("dtype", "filled"), [("float32", np.nan), ("int32", -999), ("uint16", 0), ("int8", 0), ("bool", False)]
 )
