@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lclstreamer.errors import ComponentError
 from lclstreamer.events import Buffer, Event, Message, Ragged, RunInfo
-from lclstreamer.serializers.codecs import ChunkCodec
+from lclstreamer.serializers.codecs import AsItIs, ChunkCodec
 from lclstreamer.serializers.layout import NO_ADDRESS, Layout, row_size, write_end
 from lclstreamer.serializers.slots import Slot, SlotRing
 
@@ -233,7 +233,8 @@ class Batch:
                     content = chunk.result() if isinstance(chunk, Future) else chunk
                 except (Exception, CancelledError) as error:
                     raise ComponentError(f"data_serializer.compression: compressing {path} failed: {error}") from error
-                struct.pack_into("<I", memory, size_at, len(content))
+                # The mask of filters left out follows the size; written each time, as memory is used again.
+                struct.pack_into("<II", memory, size_at, len(content), int(isinstance(content, AsItIs)))
                 struct.pack_into("<Q", memory, address_at, end)
                 parts.append(content)
                 end += len(content)
