@@ -110,4 +110,4 @@ class ElectronCountingPipeline(Pipeline):
             values[electrons] = Ragged(np.asarray(found.data[0][0], dtype=np.uint32))
             self._counts["frames"] += 1
             self._counts["electrons"] += int(values[electrons].values.size)
-        return Event(values, event.index, event.run, event.timestamp_ns)
+        return Event(values, event.index, event.run, event.timestamp_ns, event.times)

@@ -56,7 +56,8 @@ class HDF5EventSource(EventSource):
             rows = self._rows if self.context.limit is None else min(self._rows, max(0, self.context.limit - start))
             for row in range(rows):
                 if self.mine(start + row):
-                    yield Event(self._read(row), start + row, run, self._time(row))
+                    values, times = self._read(row), self._times(row)
+                    yield Event(values, start + row, run, next(iter(times.values()), None), times)
             start += rows
 
     def close(self) -> None:
@@ -95,16 +96,18 @@ class HDF5EventSource(EventSource):
     def _run_info(self) -> RunInfo:
         experiment, run = self.parameters.experiment, self.parameters.run
         if experiment is None:
-            experiment = str(self._file.attrs.get("experiment", ""))
+            experiment = self._file.attrs.get("experiment", "")
+            # Strings of a fixed length come as bytes.
+            experiment = experiment.decode() if isinstance(experiment, bytes) else str(experiment)
         if run is None:
             run = int(self._file.attrs.get("run", 0))
         return RunInfo(experiment, run)
 
-    def _time(self, row: int) -> int | None:
-        for source in self._sources.values():
-            if isinstance(source, HDF5Timestamp):
-                return source.nanoseconds(row)
-        return None
+    def _times(self, row: int) -> dict[str, int | None]:
+        """The times of all data sources that have one; the first is the event's."""
+        return {
+            name: source.nanoseconds(row) for name, source in self._sources.items() if isinstance(source, HDF5Timestamp)
+        }
 
 
 class _Rows(DataSource):
@@ -131,7 +134,8 @@ class _Rows(DataSource):
                 f"{', '.join(names[:30]) or 'none'}{nearest(wanted, names)}"
             )
         self._dataset = found
-        mask = file.get(f"{wanted}_missing")
+        # Exact times share the mask of the times they belong to.
+        mask = file.get(f"{wanted}_missing", file.get(f"{wanted.removesuffix('_ns')}_missing"))
         self._missing = mask[()] if isinstance(mask, h5py.Dataset) else None
         # Reading row by row would decompress a chunk once for every row in it.
         self._block_rows = found.chunks[0] if found.chunks else 1
@@ -166,15 +170,16 @@ class HDF5Timestamp(_Rows):
 
     is_timestamp = True
 
-    def get(self, event: Any) -> NDArray[np.float64]:
-        """Seconds since 1970 as float64."""
-        return np.array(self.nanoseconds(event) / 1e9)
+    def get(self, event: Any) -> NDArray[np.float64] | None:
+        """Seconds since 1970 as float64, `None` where the time is missing."""
+        exact = self.nanoseconds(event)
+        return None if exact is None else np.array(exact / 1e9)
 
-    def nanoseconds(self, row: int) -> int:
-        """Nanoseconds since 1970; exact where the dataset has integers."""
+    def nanoseconds(self, row: int) -> int | None:
+        """Nanoseconds since 1970, exact where the dataset has integers; `None` where the time is missing."""
         value = self.row(row)
-        if value is None:
-            return 0
+        if value is None or not np.isfinite(value):
+            return None
         factor = _NANOSECONDS[str(self.parameters.unit)]
         exact: int = int(value) * factor if value.dtype.kind in "iu" else round(float(value) * factor)
         offset: int = round(self.parameters.epoch * 1e9)

@@ -335,7 +335,7 @@ def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_no_part(stop: th
 
 @pytest.mark.parametrize("queued", [0, 2])
 def test_a_file_that_is_still_being_written_at_the_deadline_is_not_reported_as_written(
-    tmp_path: Path, stop: threading.Event, wait_until: Any, queued: int
+    tmp_path: Path, stop: threading.Event, queued: int
 ) -> None:
     handler = files(tmp_path, stop)
     began, go_on, original = threading.Event(), threading.Event(), handler._write
