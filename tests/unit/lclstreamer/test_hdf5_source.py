@@ -207,3 +207,42 @@ def test_an_experiment_of_a_fixed_length_is_its_text(archive: Path) -> None:
     with h5py.File(archive / "run_000.nxs", "a") as file:
         file.attrs["experiment"] = np.bytes_(b"mfx1")
     assert read(f"files={archive}", SOURCES)[0].run.experiment == "mfx1"
+
+
+@pytest.fixture
+def gaps(tmp_path: Path) -> Path:
+    """Six rows of which the engine made three messages: the first lacks `a`, the second all, the third nothing."""
+    folder = tmp_path / "gaps"
+    folder.mkdir()
+    with h5py.File(folder / "a.h5", "w") as file:
+        file["a"], file["b"] = np.arange(6), np.arange(6) / 2
+        file["t"] = 1000 + np.arange(6)
+        file["a_missing"] = np.array([1, 1, 1, 1, 0, 0], np.uint8)
+        file["b_missing"] = np.array([0, 0, 1, 1, 0, 0], np.uint8)
+    stream(folder, tmp_path / "out", {"a": dataset("/a"), "b": dataset("/b"), "t": timestamp("/t")}, batch=2)
+    return tmp_path / "out"
+
+
+def test_files_in_which_a_data_source_gave_nothing_are_read_with_it_missing(gaps: Path) -> None:
+    events = read(f"files={gaps}", {"a": dataset("/a"), "b": dataset("/b"), "t": timestamp("/t_ns")})
+    values = [{name: None if value is None else float(value) for name, value in one.values.items()} for one in events]
+    assert [one["a"] for one in values] == [None, None, None, None, 4, 5]
+    assert [one["b"] for one in values] == [0, 0.5, None, None, 2, 2.5]
+    assert [one.timestamp_ns for one in events] == list(range(1000, 1006))
+
+
+def test_rows_are_counted_also_where_no_data_source_that_is_read_gave_anything(gaps: Path) -> None:
+    events = read(f"files={gaps}", {"a": dataset("/a")})
+    assert [None if one.values["a"] is None else int(one.values["a"]) for one in events] == [None] * 4 + [4, 5]
+
+
+def test_rows_of_values_of_another_length_in_every_event_are_counted_by_their_offsets(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["r"], file["r_offsets"] = np.arange(7), np.array([0, 3, 7], np.uint64)
+        file.attrs["missing"] = ["a"]
+    assert [one.values["a"] for one in read(f"files={tmp_path}", {"a": dataset("/a")})] == [None, None]
+
+
+def test_a_dataset_that_is_not_there_under_another_name_is_an_error_with_the_remedy(gaps: Path) -> None:
+    with pytest.raises(SourceError, match=r"has no dataset '/a'.* gave nothing for this file: a; .* call this one so"):
+        read(f"files={gaps}", {"other": dataset("/a"), "b": dataset("/b")})
