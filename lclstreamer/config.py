@@ -29,6 +29,10 @@ from lclstreamer.section import Section
 __all__ = ["ConfigurationError", "OlderSpellingWarning", "Parameters", "from_mapping", "load", "schema"]
 
 
+#: Data sources that give the event's time.
+_TIMES = ("Psana1Timestamp", "Psana2Timestamp", "HDF5Timestamp")
+
+
 class OlderSpellingWarning(FutureWarning):
     """A configuration uses a spelling of an earlier version; the text gives the present one."""
 
@@ -94,7 +98,7 @@ class Parameters(Section):
 
     def _pipeline_problems(self) -> list[str]:
         problems = []
-        names = list(self.data_sources)
+        names, replaced = list(self.data_sources), dict[str, str]()
         made = False
         for number, section in enumerate(self.pipelines):
             made = made or isinstance(section, models.ThirdParty)
@@ -102,11 +106,12 @@ class Parameters(Section):
                 wanted = getattr(section, key, None)
                 if wanted is not None and wanted not in names and not made:
                     place = f"processing_pipeline[{number}]" if len(self.pipelines) > 1 else "processing_pipeline"
+                    gone = f" here: {replaced[wanted]} has replaced it" if wanted in replaced else ""
                     problems.append(
-                        f"{place}.{key}: {wanted!r} is no data source; there are {', '.join(names)}"
+                        f"{place}.{key}: {wanted!r} is no data source{gone}; there are {', '.join(names)}"
                         + models.nearest(wanted, names)
                     )
-            names += getattr(section, "makes", [])
+            names = _after(section, names, replaced)
         batching = [section.type for section in self.pipelines if getattr(section, "batch_size", None) is not None]
         if len(batching) > 1:
             problems.append(
@@ -116,17 +121,28 @@ class Parameters(Section):
 
     def _serializer_problems(self) -> list[str]:
         serializer = self.data_serializer
-        names = list(self.data_sources)
+        names, replaced = list(self.data_sources), dict[str, str]()
         for section in self.pipelines:
-            names += getattr(section, "makes", [])
+            names = _after(section, names, replaced)
         made = any(isinstance(section, models.ThirdParty) for section in self.pipelines)
         if isinstance(serializer, models.HDF5BinarySerializer):
-            return [
-                f"data_serializer.fields.{name}: no data source has this name; there are {', '.join(names)}"
+            there = ", ".join(names)
+            absent = [] if made else [name for name in serializer.fields if name not in names]
+            problems = [
+                f"data_serializer.fields.{name}: {replaced[name]} has replaced {name}; there are {there}"
+                if name in replaced
+                else f"data_serializer.fields.{name}: no data source has this name; there are {there}"
                 + models.nearest(name, names)
-                for name in serializer.fields
-                if name not in names and not made
+                for name in absent
             ]
+            timed = [name for name, section in self.data_sources.items() if section.type in _TIMES]
+            ragged = [
+                name
+                for section in self.pipelines
+                if not isinstance(section, models.ThirdParty)
+                for name in getattr(section, "makes_ragged", ())
+            ]
+            return problems + serializer.collisions(timed, ragged, not self.skip_incomplete_events)
         if isinstance(serializer, models.SimplonBinarySerializer):
             needed = [
                 "timestamp",
@@ -151,6 +167,15 @@ class Parameters(Section):
         """Fingerprint of the configuration's content; the spelling and order in the file do not matter."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _after(section: Any, names: list[str], replaced: dict[str, str]) -> list[str]:
+    """The names that events have after a pipeline; one that it replaces is put into `replaced` with its type."""
+    made: list[str] = [] if isinstance(section, models.ThirdParty) else getattr(section, "makes", [])
+    if not made:
+        return names
+    replaced[section.data_source] = section.type
+    return [name for name in names if name != section.data_source] + made
 
 
 def schema() -> dict[str, Any]:

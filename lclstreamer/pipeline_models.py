@@ -34,7 +34,12 @@ class _Reduction(Section):
 
     @property
     def makes(self) -> list[str]:
-        """Names that events have after it, besides the data sources."""
+        """Names that events have after it in place of the data source, none where that stays."""
+        return []
+
+    @property
+    def makes_ragged(self) -> list[str]:
+        """Those of them of which every event may have another number of values."""
         return []
 
 
@@ -140,6 +145,11 @@ class FexPipeline(_Reduction):
         }
         return [f"{self.data_source}_{part}" for part in parts[self.form]]
 
+    @property
+    def makes_ragged(self) -> list[str]:
+        """All of them."""
+        return self.makes
+
 
 class ElectronCountingPipeline(_Reduction):
     """Counts electrons on frames with `stempy`.
@@ -166,3 +176,8 @@ class ElectronCountingPipeline(_Reduction):
     def makes(self) -> list[str]:
         """Names that events have after it."""
         return [f"{self.data_source}_{part}" for part in ("electrons", "frame", "sectors")]
+
+    @property
+    def makes_ragged(self) -> list[str]:
+        """The electrons."""
+        return self.makes[:1]

@@ -29,8 +29,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lclstreamer.errors import ComponentError
+from lclstreamer.errors import ComponentError, ConfigurationError
 from lclstreamer.events import Buffer, Channels, Event, Message, Ragged, RunInfo
+from lclstreamer.models import dataset_place
 from lclstreamer.serializers.base import Serializer, SerializerContext
 from lclstreamer.serializers.batches import Batch, Kind
 from lclstreamer.serializers.codecs import ChunkCodec, codec_for, filters_of
@@ -48,11 +49,17 @@ _KEPT_LAYOUTS = 16
 
 
 class HDF5BinarySerializer(Serializer):
-    """One HDF5 file a batch."""
+    """One HDF5 file a batch.
+
+    Raises:
+        ConfigurationError: a field is in the way of the exact times of another.
+    """
 
     def __init__(self, parameters: Any, context: SerializerContext) -> None:
         super().__init__(parameters, context)
-        self.paths: dict[str, str] = dict(parameters.fields)
+        if problems := parameters.collisions(context.timestamps, (), incomplete=False):
+            raise ConfigurationError("\n".join(problems))
+        self.paths: dict[str, str] = {name: dataset_place(path) for name, path in parameters.fields.items()}
         self.stamps = {name: f"{path}_ns" for name, path in self.paths.items() if name in context.timestamps}
         self._filters = filters_of(parameters)
         self._codecs: dict[Kind, ChunkCodec | None] = {}

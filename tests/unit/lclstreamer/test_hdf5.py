@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from lclstreamer import models
-from lclstreamer.errors import ComponentError
+from lclstreamer.errors import ComponentError, ConfigurationError
 from lclstreamer.events import Channels, Event, Message, Ragged, RunInfo
 from lclstreamer.serializers.base import SerializerContext
 from lclstreamer.serializers.codecs import BitshuffleCodec
@@ -209,6 +209,16 @@ def test_another_shape_or_run_begins_a_new_message(datasets: Callable[[bytes], d
     made = [bytes(one) for one in writer.add(Event({"a": np.ones(1)}, 0, RunInfo("x", 1)))]
     made += [bytes(one) for one in writer.add(Event({"a": np.ones(1)}, 1, RunInfo("x", 2)))]
     assert datasets(made[0])[""]["run"] == 1
+
+
+def test_companions_lie_beside_a_path_however_it_is_spelt(datasets: Callable[[bytes], dict[str, Any]]) -> None:
+    (message,) = messages(serializer({"a": "x//a/"}), {"a": None}, {"a": np.array(1)})
+    assert set(datasets(message)) == {"", "/x/a", "/x/a_missing"}
+
+
+def test_a_field_in_the_way_of_exact_times_is_refused_also_for_times_of_other_packages() -> None:
+    with pytest.raises(ConfigurationError, match="/t_ns is where the nanoseconds of timestamp are"):
+        serializer({"timestamp": "/t", "a": "/t_ns"})
 
 
 def test_only_configured_fields_are_sent(datasets: Callable[[bytes], dict[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,38 @@ def test_what_is_below_the_threshold_is_suppressed() -> None:
     (found,) = through(chain("ThresholdPipeline", threshold=50), IMAGE)
     assert np.count_nonzero(found) == 10
     assert found.dtype == np.uint16
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [
+        (-1.0, "uint16"),
+        (np.nan, "uint16"),
+        (np.inf, "int32"),
+        (65536.0, ">u2"),
+        (2.0**63, "int64"),
+        (1e39, "float32"),
+        (7e4, "float16"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["MaskPipeline", "ThresholdPipeline"])
+def test_a_value_that_the_images_type_cannot_hold_is_an_error_that_names_both(
+    kind: str, value: float, dtype: str, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "mask.npy", np.eye(3))
+    options = {"mask": tmp_path / "mask.npy"} if kind == "MaskPipeline" else {"threshold": 3}
+    name = np.dtype(dtype).name
+    with pytest.raises(ComponentError, match=rf"{kind}: value {re.escape(str(value))} .* a is {name}"):
+        through(chain(kind, value=value, **options), np.ones((3, 3), dtype))
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(np.nan, "float32"), (np.inf, "float16"), (-1.0, "int8"), (65535.0, ">u2")]
+)
+def test_a_value_that_the_images_type_holds_is_put_in(value: float, dtype: str) -> None:
+    (found,) = through(chain("ThresholdPipeline", threshold=3, value=value), np.ones((3, 3), dtype))
+    assert found.dtype == np.dtype(dtype).newbyteorder("=")
+    assert np.array_equal(found, np.full((3, 3), value), equal_nan=True)
 
 
 @pytest.mark.parametrize("kind", ["CropPipeline", "ThresholdPipeline"])
