@@ -155,7 +155,8 @@ class ElectronCountingPipeline(_Reduction):
     """Counts electrons on frames with `stempy`.
 
     In place of the data source NAME, an event then has NAME_electrons (pixel numbers), NAME_frame and NAME_sectors.
-    Frames that come in sectors are put together first; those of which sectors are missing at the end are counted last.
+    Frames that come in sectors are put together first; those of which sectors are missing are counted when
+    more than `maximum_open_frames` wait, or at the end.
     """
 
     type: Literal["ElectronCountingPipeline"]
@@ -165,6 +166,11 @@ class ElectronCountingPipeline(_Reduction):
     sectors: int = Field(1, ge=1, description="sectors of a frame; each event has one")
     frame_number: str | None = Field(None, description="data source with the number of the frame, for sectors > 1")
     sector_number: str | None = Field(None, description="data source with the number of the sector, from 0")
+    maximum_open_frames: int = Field(
+        100,
+        ge=1,
+        description="frames that may wait for sectors at a time; with one more the oldest is counted without them",
+    )
 
     @model_validator(mode="after")
     def _numbers(self) -> ElectronCountingPipeline:
