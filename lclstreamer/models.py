@@ -220,7 +220,7 @@ class IntValue(Section):
     """A fixed int64."""
 
     type: Literal["IntValue"]
-    value: int
+    value: int = Field(ge=-(2**63), lt=2**63)
 
 
 class SourceIdentifier(Section):
