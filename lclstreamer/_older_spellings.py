@@ -1,12 +1,14 @@
 """Configurations of earlier versions of the original engine, turned into the present form.
 
-Three kinds are known: type names that were renamed; data source types that became `PsanaNDetectorInterface`; and files
-in which a `lclstreamer` section names the classes and each class has a sub-section with its options.
+Four kinds are known: type names that were renamed; data source types that became `PsanaNDetectorInterface`; files in
+which a `lclstreamer` section names the classes and each class has a sub-section with its options; and integers that are
+none, of which the original leaves out what is behind the point.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 _RENAMED = {
@@ -60,6 +62,8 @@ def _detector(name: str, part: Any, changes: list[str]) -> Any:
     if not isinstance(part, dict) or not isinstance(part.get("type"), str):
         return part
     kind = part["type"]
+    if kind == "IntValue":
+        return _integer(name, part, changes)
     family = kind[:6]
     options = {key: value for key, value in part.items() if key not in ("type", "calibration", "psana_function")}
     if kind in ("Psana1AreaDetector", "Psana2AreaDetector"):
@@ -79,6 +83,14 @@ def _detector(name: str, part: Any, changes: list[str]) -> Any:
     shown = ", ".join(f"{key}: {value}" for key, value in new.items())
     changes.append(f"data_sources.{name}: {kind} is now written as {{{shown}}}")
     return new
+
+
+def _integer(name: str, part: dict[str, Any], changes: list[str]) -> dict[str, Any]:
+    value = part.get("value")
+    if not isinstance(value, float) or not math.isfinite(value) or value.is_integer():
+        return part
+    changes.append(f"data_sources.{name}.value: {value} is no whole number and is taken as {int(value)}")
+    return {**part, "value": int(value)}
 
 
 def _without_sub_sections(data: dict[str, Any], changes: list[str]) -> dict[str, Any]:

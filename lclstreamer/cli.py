@@ -117,11 +117,11 @@ def _stream(config: Path, limit: int | None, check: bool, progress: float, metri
     server: AbstractContextManager[object] = nullcontext()
     code, text, plan = 0, "", []
     try:
-        with warnings.catch_warnings(record=True) as older:
-            warnings.simplefilter("always", configuration.OlderSpellingWarning)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", configuration.ConfigurationWarning)
             parameters = configuration.load(config)
         if ranks.rank == 0:
-            for warning in older:
+            for warning in told:
                 log.warning("%s: %s", config, warning.message)
         from lclstreamer.engine import Engine
         from lclstreamer.metrics import MetricsServer

@@ -26,10 +26,26 @@ from lclstreamer.models import (
 )
 from lclstreamer.section import Section
 
-__all__ = ["ConfigurationError", "OlderSpellingWarning", "Parameters", "from_mapping", "load", "schema"]
+__all__ = [
+    "ConfigurationError",
+    "ConfigurationWarning",
+    "OlderSpellingWarning",
+    "Parameters",
+    "from_mapping",
+    "load",
+    "schema",
+]
 
 
-class OlderSpellingWarning(FutureWarning):
+#: Data sources that give the event's time.
+_TIMES = ("Psana1Timestamp", "Psana2Timestamp", "HDF5Timestamp")
+
+
+class ConfigurationWarning(FutureWarning):
+    """A configuration is not taken as it is written; the text says how."""
+
+
+class OlderSpellingWarning(ConfigurationWarning):
     """A configuration uses a spelling of an earlier version; the text gives the present one."""
 
 
@@ -69,7 +85,37 @@ class Parameters(Section):
         problems = [*self._source_problems(), *self._pipeline_problems(), *self._serializer_problems()]
         if problems:
             raise ValueError("\n".join(problems))
+        self._leave_out_absent_fields()
         return self
+
+    def _leave_out_absent_fields(self) -> None:
+        """As in the original: a file of several detectors serves for runs that do not have all of them."""
+        serializer = self.data_serializer
+        if not isinstance(serializer, models.HDF5BinarySerializer):
+            return
+        names, _ = self._names_after()
+        absent = self._absent_fields(names)
+        for name in absent:
+            warnings.warn(
+                _no_data_source(name, names, f", nothing is stored at {serializer.fields[name]}"),
+                ConfigurationWarning,
+                stacklevel=2,
+            )
+        if absent:
+            fields = {name: path for name, path in serializer.fields.items() if name not in absent}
+            self.data_serializer = serializer.model_copy(update={"fields": fields})
+
+    def _names_after(self) -> tuple[list[str], dict[str, str]]:
+        """The names that events have after the pipelines, and those that pipelines have replaced, with their types."""
+        names, replaced = list(self.data_sources), dict[str, str]()
+        for section in self.pipelines:
+            names = _after(section, names, replaced)
+        return names, replaced
+
+    def _absent_fields(self, names: list[str]) -> list[str]:
+        """Fields of which there is nothing to store; none can be told where pipelines of other packages make names."""
+        made = any(isinstance(section, models.ThirdParty) for section in self.pipelines)
+        return [] if made else [name for name in self.data_serializer.fields if name not in names]
 
     def _source_problems(self) -> list[str]:
         kind = self.event_source.type
@@ -94,7 +140,7 @@ class Parameters(Section):
 
     def _pipeline_problems(self) -> list[str]:
         problems = []
-        names = list(self.data_sources)
+        names, replaced = list(self.data_sources), dict[str, str]()
         made = False
         for number, section in enumerate(self.pipelines):
             made = made or isinstance(section, models.ThirdParty)
@@ -102,11 +148,12 @@ class Parameters(Section):
                 wanted = getattr(section, key, None)
                 if wanted is not None and wanted not in names and not made:
                     place = f"processing_pipeline[{number}]" if len(self.pipelines) > 1 else "processing_pipeline"
+                    gone = f" here: {replaced[wanted]} has replaced it" if wanted in replaced else ""
                     problems.append(
-                        f"{place}.{key}: {wanted!r} is no data source; there are {', '.join(names)}"
+                        f"{place}.{key}: {wanted!r} is no data source{gone}; there are {', '.join(names)}"
                         + models.nearest(wanted, names)
                     )
-            names += getattr(section, "makes", [])
+            names = _after(section, names, replaced)
         batching = [section.type for section in self.pipelines if getattr(section, "batch_size", None) is not None]
         if len(batching) > 1:
             problems.append(
@@ -116,17 +163,24 @@ class Parameters(Section):
 
     def _serializer_problems(self) -> list[str]:
         serializer = self.data_serializer
-        names = list(self.data_sources)
-        for section in self.pipelines:
-            names += getattr(section, "makes", [])
-        made = any(isinstance(section, models.ThirdParty) for section in self.pipelines)
+        names, replaced = self._names_after()
         if isinstance(serializer, models.HDF5BinarySerializer):
-            return [
-                f"data_serializer.fields.{name}: no data source has this name; there are {', '.join(names)}"
-                + models.nearest(name, names)
-                for name in serializer.fields
-                if name not in names and not made
+            absent = self._absent_fields(names)
+            problems = [
+                f"data_serializer.fields.{name}: {replaced[name]} has replaced {name}; there are {', '.join(names)}"
+                for name in absent
+                if name in replaced
             ]
+            if len(absent) == len(serializer.fields):
+                problems += [_no_data_source(name, names) for name in absent if name not in replaced]
+            timed = [name for name, section in self.data_sources.items() if section.type in _TIMES]
+            ragged = [
+                name
+                for section in self.pipelines
+                if not isinstance(section, models.ThirdParty)
+                for name in getattr(section, "makes_ragged", ())
+            ]
+            return problems + serializer.collisions(timed, ragged, not self.skip_incomplete_events)
         if isinstance(serializer, models.SimplonBinarySerializer):
             needed = [
                 "timestamp",
@@ -151,6 +205,22 @@ class Parameters(Section):
         """Fingerprint of the configuration's content; the spelling and order in the file do not matter."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _no_data_source(name: str, names: list[str], result: str = "") -> str:
+    return (
+        f"data_serializer.fields.{name}: no data source has this name{result}; there are {', '.join(names)}"
+        + models.nearest(name, names)
+    )
+
+
+def _after(section: Any, names: list[str], replaced: dict[str, str]) -> list[str]:
+    """The names that events have after a pipeline; one that it replaces is put into `replaced` with its type."""
+    made: list[str] = [] if isinstance(section, models.ThirdParty) else getattr(section, "makes", [])
+    if not made:
+        return names
+    replaced[section.data_source] = section.type
+    return [name for name in names if name != section.data_source] + made
 
 
 def schema() -> dict[str, Any]:

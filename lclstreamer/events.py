@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,12 +55,19 @@ class Event:
         index: number of the event in the whole run, from 0, the same for any number of ranks.
         run: the run it is of.
         timestamp_ns: nanoseconds since 1970-01-01T00:00:00Z, `None` where the source has no time.
+        times: name of a data source with a time of its own to that time, `None` where it is missing; all others have
+            `timestamp_ns`.
     """
 
     values: dict[str, Any]
     index: int
     run: RunInfo = field(default_factory=RunInfo)
     timestamp_ns: int | None = None
+    times: Mapping[str, int | None] | None = None
+
+    def time_of(self, name: str) -> int | None:
+        """Nanoseconds of the data source's time."""
+        return self.timestamp_ns if self.times is None else self.times.get(name, self.timestamp_ns)
 
 
 class Message:

@@ -139,7 +139,8 @@ def parse_psana2(text: str) -> Psana2Identifier:
         files=values.get("files"),
         shmem=values.get("shmem"),
         drp=values.get("drp"),
-        max_events=numbers.get("max_events"),
+        # As in psana, 0 is no limit.
+        max_events=numbers.get("max_events") or None,
     )
 
 

@@ -8,7 +8,7 @@ optional.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -220,7 +220,7 @@ class IntValue(Section):
     """A fixed int64."""
 
     type: Literal["IntValue"]
-    value: int
+    value: int = Field(ge=-(2**63), lt=2**63)
 
 
 class SourceIdentifier(Section):
@@ -230,6 +230,12 @@ class SourceIdentifier(Section):
 
 
 # ------------------------------------------------------------------------------------------------------ serializers
+
+
+def dataset_place(path: str) -> str:
+    """A dataset's path in one spelling."""
+    return "/" + "/".join(part for part in path.split("/") if part)
+
 
 HDF5Compression = Literal["gzip", "gzip_with_shuffle", "bitshuffle_with_lz4", "bitshuffle_with_zstd", "zfp"]
 
@@ -255,7 +261,7 @@ class HDF5BinarySerializer(Section):
     def _paths(cls, value: dict[str, str]) -> dict[str, str]:
         seen: dict[str, str] = {}
         for name, path in value.items():
-            place = "/" + "/".join(part for part in path.split("/") if part)
+            place = dataset_place(path)
             if place == "/":
                 raise ValueError(f"{name}: {path!r} is not a dataset path; one is e.g. /data/{name}")
             for other, taken in seen.items():
@@ -273,6 +279,28 @@ class HDF5BinarySerializer(Section):
         if self.compression in ("gzip", "gzip_with_shuffle") and self.compression_level > 9:
             raise ValueError(f"compression_level {self.compression_level}: gzip has levels 0 to 9")
         return self
+
+    def collisions(self, timed: Iterable[str], ragged: Iterable[str], incomplete: bool) -> list[str]:
+        """A sentence for each field at a path where the serializer stores something that belongs to another field.
+
+        Args:
+            timed: data sources that give the event's time.
+            ragged: those of which every event may have another number of values.
+            incomplete: whether values may be missing.
+        """
+        companions = [(name, "_ns", f"the nanoseconds of {name} are") for name in timed]
+        companions += [(name, "_offsets", f"it is said which of {name} are of which event") for name in ragged]
+        companions += [
+            (name, "_missing", f"it is marked which values of {name} are missing") for name in self.fields if incomplete
+        ]
+        places = {name: dataset_place(path) for name, path in self.fields.items()}
+        return [
+            f"data_serializer.fields.{other}: {place} is where {what}; choose another path"
+            for name, ending, what in companions
+            if name in places
+            for other, place in places.items()
+            if f"{place}/".startswith(f"{places[name]}{ending}/")
+        ]
 
 
 class SimplonBinarySerializer(Section):

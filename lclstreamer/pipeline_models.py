@@ -34,7 +34,12 @@ class _Reduction(Section):
 
     @property
     def makes(self) -> list[str]:
-        """Names that events have after it, besides the data sources."""
+        """Names that events have after it in place of the data source, none where that stays."""
+        return []
+
+    @property
+    def makes_ragged(self) -> list[str]:
+        """Those of them of which every event may have another number of values."""
         return []
 
 
@@ -140,12 +145,18 @@ class FexPipeline(_Reduction):
         }
         return [f"{self.data_source}_{part}" for part in parts[self.form]]
 
+    @property
+    def makes_ragged(self) -> list[str]:
+        """All of them."""
+        return self.makes
+
 
 class ElectronCountingPipeline(_Reduction):
     """Counts electrons on frames with `stempy`.
 
     In place of the data source NAME, an event then has NAME_electrons (pixel numbers), NAME_frame and NAME_sectors.
-    Frames that come in sectors are put together first; those of which sectors are missing at the end are counted last.
+    Frames that come in sectors are put together first; those of which sectors are missing are counted when
+    more than `maximum_open_frames` wait, or at the end.
     """
 
     type: Literal["ElectronCountingPipeline"]
@@ -155,6 +166,11 @@ class ElectronCountingPipeline(_Reduction):
     sectors: int = Field(1, ge=1, description="sectors of a frame; each event has one")
     frame_number: str | None = Field(None, description="data source with the number of the frame, for sectors > 1")
     sector_number: str | None = Field(None, description="data source with the number of the sector, from 0")
+    maximum_open_frames: int = Field(
+        100,
+        ge=1,
+        description="frames that may wait for sectors at a time; with one more the oldest is counted without them",
+    )
 
     @model_validator(mode="after")
     def _numbers(self) -> ElectronCountingPipeline:
@@ -166,3 +182,8 @@ class ElectronCountingPipeline(_Reduction):
     def makes(self) -> list[str]:
         """Names that events have after it."""
         return [f"{self.data_source}_{part}" for part in ("electrons", "frame", "sectors")]
+
+    @property
+    def makes_ragged(self) -> list[str]:
+        """The electrons."""
+        return self.makes[:1]

@@ -17,7 +17,7 @@ from lclstream.api.store import Role
 from lclstream.api.tables import TransferRow
 from lclstream.config_file import ConfigError
 from lclstream.jobs.models import JobSpec, ResourceSpec
-from lclstreamer.config import ConfigurationError, OlderSpellingWarning, Parameters, from_mapping
+from lclstreamer.config import ConfigurationError, ConfigurationWarning, Parameters, from_mapping
 
 log = logging.getLogger(__name__)
 
@@ -65,13 +65,13 @@ def checked(config: dict[str, Any], service: ApiConfig) -> tuple[Parameters, lis
     """Validate what a user sent with the engine's own models; its data handlers do not matter.
 
     Returns:
-        The configuration, and notes about older spellings with the present ones.
+        The configuration, and notes about what is not taken as it is written.
 
     Raises:
         RequestRefusedError: with the path of each wrong field.
     """
     with _warnings, warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", OlderSpellingWarning)
+        warnings.simplefilter("always", ConfigurationWarning)
         try:
             parameters = from_mapping(
                 with_buffers(config, [f"{service.ports.scheme}://127.0.0.1:1"], service), origin="body"
@@ -83,7 +83,7 @@ def checked(config: dict[str, Any], service: ApiConfig) -> tuple[Parameters, lis
             log.warning("a configuration was refused because checking it failed", exc_info=True)
             problem = f"the engine's models cannot read it ({type(error).__name__}: {error})"
             raise RequestRefusedError([(("body",), problem)]) from error
-    return parameters, [str(one.message) for one in caught if issubclass(one.category, OlderSpellingWarning)]
+    return parameters, [str(one.message) for one in caught if issubclass(one.category, ConfigurationWarning)]
 
 
 def _problem(line: str) -> tuple[tuple[str, ...], str]:

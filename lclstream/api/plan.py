@@ -46,7 +46,8 @@ def estimate(parameters: Parameters, ranks: int) -> Estimate:
     events = getattr(parameters.event_source, "number_of_events_to_generate", None)
     if events is None:
         match = _MAX_EVENTS.search(parameters.source_identifier)
-        events = int(match[1]) if match else None
+        # As in psana, 0 is no limit.
+        events = (int(match[1]) or None) if match else None
     if events is None:
         return Estimate(None, None, None)
     batches = [section.batch_size for section in parameters.pipelines if getattr(section, "batch_size", None)]

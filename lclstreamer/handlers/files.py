@@ -55,7 +55,11 @@ class BinaryFileWritingDataHandler(Handler):
         self._queue.put(message, _STUCK_S, f"{self._folder}: the file system took nothing for {_STUCK_S:.0f} s")
 
     def close(self, *, drain: bool, timeout: float | None = None) -> None:
-        """Write what is queued, and end the thread."""
+        """Write what is queued, and end the thread.
+
+        Raises:
+            HandlerError: a file could not be written, or not in time.
+        """
         deadline = time.monotonic() + (_STUCK_S if timeout is None else timeout)
         if drain:
             self._queue.wait_empty(deadline)
@@ -64,8 +68,12 @@ class BinaryFileWritingDataHandler(Handler):
             self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._queue.error is not None:
             raise self._queue.error
+        # Of those taken, one whose file hangs on a slow disk has been written no more than those that still wait.
+        left += len(self._queue)
         if left and drain:
-            raise HandlerError(f"{self._folder}: {left} messages were not written in time")
+            raise HandlerError(
+                f"{self._folder}: {left} messages were not written in time: the file system is slow, or hangs"
+            )
 
     def _work(self) -> None:
         while not (self._queue.closed or self._queue.error):

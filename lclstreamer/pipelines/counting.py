@@ -9,8 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lclstreamer.errors import ComponentError, ConfigurationError
-from lclstreamer.events import Event, Ragged
+from lclstreamer.events import Event, Ragged, RunInfo
 from lclstreamer.pipelines.base import Pipeline
+
+#: Run and number of a frame.
+_Frame = tuple[RunInfo, int]
+_REMEMBERED = 10_000
 
 
 class ElectronCountingPipeline(Pipeline):
@@ -18,7 +22,8 @@ class ElectronCountingPipeline(Pipeline):
 
     `NAME_electrons` are pixel numbers, row x columns + column (uint32, another number in every event), `NAME_frame` is
     the number of the frame (int64), `NAME_sectors` how many sectors it had (int64). Sectors (rows, columns) are put one
-    below the other, the first at the top; missing ones are zero.
+    below the other, the first at the top; missing ones are zero. An event that lacks one of its numbers, and a sector
+    that comes when its frame has been counted without it, are left out and counted.
     """
 
     def __init__(self, parameters: Any) -> None:
@@ -41,11 +46,15 @@ class ElectronCountingPipeline(Pipeline):
                     "file "
                     "is needed"
                 ) from error
-        self._open: dict[int, tuple[Event, dict[int, NDArray[Any]]]] = {}
-        self._counts = {"frames": 0, "incomplete frames": 0, "electrons": 0}
+        self._open: dict[_Frame, tuple[Event, dict[int, NDArray[Any]]]] = {}
+        #: Frames counted without all sectors, so that a late one does not become a second frame of that number.
+        self._given_up: dict[_Frame, None] = {}
+        self._counts = {"frames": 0, "incomplete frames": 0, "electrons": 0, "sectors without a frame": 0}
 
     def process(self, event: Event) -> Iterable[Event]:
         """The event of a frame that is complete with it; nothing while sectors are missing.
+
+        With more frames waiting than there may be, also the one that has waited longest, as it is.
 
         Raises:
             ComponentError: the value is no image, or a sector comes twice.
@@ -58,30 +67,56 @@ class ElectronCountingPipeline(Pipeline):
             return (self._counted(event, value, event.index, 0 if value is None else 1),)
         if value is None:
             return ()
-        frame, sector = int(event.values[options.frame_number]), int(event.values[options.sector_number])
+        numbers = event.values[options.frame_number], event.values[options.sector_number]
+        if any(number is None for number in numbers):
+            self._counts["sectors without a frame"] += 1
+            return ()
+        frame, sector = (int(number) for number in numbers)
         if not 0 <= sector < options.sectors:
             raise ComponentError(
                 f"ElectronCountingPipeline: sector {sector} of frame {frame}: there are {options.sectors}"
             )
-        _, parts = self._open.setdefault(frame, (event, {}))
+        key = (event.run, frame)
+        if key in self._given_up:
+            self._counts["sectors without a frame"] += 1
+            return ()
+        if key not in self._open:
+            self._open[key] = (self._kept(event), {})
+        _, parts = self._open[key]
         if sector in parts:
             raise ComponentError(f"ElectronCountingPipeline: sector {sector} of frame {frame} came twice")
         parts[sector] = value.copy()
-        if len(parts) < options.sectors:
-            return ()
-        first, parts = self._open.pop(frame)
-        return (self._whole(first, frame, parts),)
+        if len(parts) == options.sectors:
+            first, parts = self._open.pop(key)
+            return (self._whole(first, frame, parts),)
+        if len(self._open) > options.maximum_open_frames:
+            return (self._give_up(next(iter(self._open))),)
+        return ()
 
     def finish(self) -> Iterable[Event]:
         """Frames of which sectors never came."""
-        for frame in sorted(self._open):
-            first, parts = self._open[frame]
-            self._counts["incomplete frames"] += 1
-            yield self._whole(first, frame, parts)
-        self._open.clear()
+        for key in sorted(self._open, key=lambda key: (key[0].experiment, key[0].run, key[1])):
+            yield self._give_up(key)
+
+    def _give_up(self, key: _Frame) -> Event:
+        first, parts = self._open.pop(key)
+        self._counts["incomplete frames"] += 1
+        self._given_up[key] = None
+        if len(self._given_up) > _REMEMBERED:
+            del self._given_up[next(iter(self._given_up))]
+        return self._whole(first, key[1], parts)
+
+    def _kept(self, event: Event) -> Event:
+        """An event that stays good: sources may use the memory of its values for the next one."""
+        values = {
+            name: value.copy() if isinstance(value, np.ndarray) else value
+            for name, value in event.values.items()
+            if name != self.parameters.data_source
+        }
+        return Event(values, event.index, event.run, event.timestamp_ns, event.times)
 
     def report(self) -> dict[str, int]:
-        """Frames, frames without all sectors, and electrons."""
+        """Frames, frames without all sectors, electrons, and sectors that were left out."""
         return dict(self._counts)
 
     def _whole(self, event: Event, frame: int, parts: dict[int, NDArray[Any]]) -> Event:
@@ -110,4 +145,4 @@ class ElectronCountingPipeline(Pipeline):
             values[electrons] = Ragged(np.asarray(found.data[0][0], dtype=np.uint32))
             self._counts["frames"] += 1
             self._counts["electrons"] += int(values[electrons].values.size)
-        return Event(values, event.index, event.run, event.timestamp_ns)
+        return Event(values, event.index, event.run, event.timestamp_ns, event.times)

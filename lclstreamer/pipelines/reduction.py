@@ -6,6 +6,7 @@ They work on the last two axes, so stacks of segments keep their first axis. Mis
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -78,7 +79,30 @@ class BinningPipeline(Reduction):
         return total
 
 
-class MaskPipeline(Reduction):
+class Replacing(Reduction):
+    """Puts the option `value` in the place of some pixels."""
+
+    def filling(self, dtype: np.dtype[Any]) -> Any:
+        """The value in the type of an image; what is behind the point is left out for integers.
+
+        Raises:
+            ComponentError: the type cannot hold it; numpy would wrap it or fail.
+        """
+        value = self.parameters.value
+        holds = True
+        if dtype.kind in "iu":
+            holds = math.isfinite(value) and np.iinfo(dtype).min <= math.trunc(value) <= np.iinfo(dtype).max
+        elif dtype.kind == "f" and math.isfinite(value):
+            holds = abs(value) <= float(np.finfo(dtype).max)
+        if not holds:
+            raise ComponentError(
+                f"{type(self).__name__}: value {value} is nothing that pixels can be: {self.parameters.data_source} is "
+                f"{dtype.name}; choose another value, or a floating dtype of the data source"
+            )
+        return dtype.type(value)
+
+
+class MaskPipeline(Replacing):
     """Puts a value where the mask is not zero; the dtype of the image is kept."""
 
     axes = 1
@@ -96,21 +120,25 @@ class MaskPipeline(Reduction):
         """A masked copy.
 
         Raises:
-            ComponentError: mask and image have different shapes.
+            ComponentError: mask and image have different shapes, or the image's type cannot hold the value.
         """
         if value.shape[value.ndim - self._bad.ndim :] != self._bad.shape:
             raise ComponentError(
                 f"MaskPipeline: the mask {self.parameters.mask} has the shape {self._bad.shape}, "
                 f"{self.parameters.data_source} has {value.shape}"
             )
-        return np.where(self._bad, value.dtype.type(self.parameters.value), value)
+        return np.where(self._bad, self.filling(value.dtype), value)
 
 
-class ThresholdPipeline(Reduction):
+class ThresholdPipeline(Replacing):
     """Puts a value, zero by default, where the image is below the threshold; the dtype is kept."""
 
     axes = 0
 
     def reduce(self, value: NDArray[Any]) -> NDArray[Any]:
-        """A copy without what is below the threshold."""
-        return np.where(value < self.parameters.threshold, value.dtype.type(self.parameters.value), value)
+        """A copy without what is below the threshold.
+
+        Raises:
+            ComponentError: the image's type cannot hold the value.
+        """
+        return np.where(value < self.parameters.threshold, self.filling(value.dtype), value)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lclstreamer.errors import ComponentError
 from lclstreamer.events import Buffer, Event, Message, Ragged, RunInfo
-from lclstreamer.serializers.codecs import ChunkCodec
+from lclstreamer.serializers.codecs import AsItIs, ChunkCodec
 from lclstreamer.serializers.layout import NO_ADDRESS, Layout, row_size, write_end
 from lclstreamer.serializers.slots import Slot, SlotRing
 
@@ -30,13 +30,13 @@ class Owner(Protocol):
     Attributes:
         paths: data source name to dataset path.
         incomplete: data sources that have missed a value.
-        stamps: paths of the datasets with times in nanoseconds.
+        stamps: data source name to the path of the dataset with its times in nanoseconds.
         ring: where memory comes from.
     """
 
     paths: dict[str, str]
     incomplete: frozenset[str]
-    stamps: list[str]
+    stamps: dict[str, str]
     ring: SlotRing
 
     def codec(self, name: str, kind: Kind) -> ChunkCodec | None:
@@ -47,7 +47,16 @@ class Owner(Protocol):
 
 
 class Batch:
-    """The events of one message while they come."""
+    """The events of one message while they come.
+
+    Args:
+        owner: its serializer.
+        layout: of the file.
+        kinds: shape and dtype by data source name.
+        ragged: names of those with values of another length in every event.
+        run: of all its events.
+        timed: names of the data sources that have exact times in it.
+    """
 
     def __init__(
         self,
@@ -56,9 +65,9 @@ class Batch:
         kinds: dict[str, Kind],
         ragged: set[str],
         run: RunInfo,
-        has_time: bool,
+        timed: frozenset[str],
     ) -> None:
-        self.layout, self.kinds, self.ragged, self.run, self.has_time = layout, kinds, ragged, run, has_time
+        self.layout, self.kinds, self.ragged, self.run, self.timed = layout, kinds, ragged, run, timed
         self.count = 0
         self._owner = owner
         places, size = _places(owner, layout)
@@ -87,7 +96,7 @@ class Batch:
         self._sort_fields()
         numbers = [one[0] for one in self._plain] + [one[0] for one in self._packed]
         self._numbers = [(name, *self.kinds[name]) for name in numbers]
-        self._stamps = [self.rows[path] for path in owner.stamps if path in self.rows]
+        self._stamps = [(name, self.rows[path]) for name, path in owner.stamps.items() if name in timed]
 
     def _sort_fields(self) -> None:
         owner = self._owner
@@ -117,7 +126,7 @@ class Batch:
             fits = self._fits(values)
         except (KeyError, AttributeError):
             return False
-        if not fits or (event.timestamp_ns is None) == self.has_time:
+        if not fits or not self.fits_times(event):
             return False
         for name, _, dtype, rows in self._plain:
             value = values[name]
@@ -134,9 +143,20 @@ class Batch:
             self._add_ragged(name, row, values[name])
         for name, rows in self._masks:
             rows[row] = values[name] is None
-        for rows in self._stamps:
-            rows[row] = event.timestamp_ns
+        for name, rows in self._stamps:
+            stamp = event.time_of(name)
+            rows[row] = _MISSING_INTEGER if stamp is None else stamp
         self.count += 1
+        return True
+
+    def fits_times(self, event: Event) -> bool:
+        """Whether it has those times, and no others, of which this batch keeps nanoseconds; one may be missing."""
+        for name in self._owner.stamps:
+            if event.time_of(name) is None:
+                if name in self.timed and event.values[name] is not None:
+                    return False
+            elif name not in self.timed:
+                return False
         return True
 
     def _fits(self, values: Mapping[str, Any]) -> bool:
@@ -189,8 +209,8 @@ class Batch:
         for row in range(other.count):
             for name, path in self._owner.paths.items():
                 before[name] = other.value(name, path, row)
-            stamp = int(other._stamps[0][row]) if other._stamps else (0 if other.has_time else None)
-            if not self.add(Event(before, row, self.run, stamp)):
+            times = {name: other.time(name, rows, row, before[name]) for name, rows in other._stamps}
+            if not self.add(Event(before, row, self.run, None, times)):
                 raise AssertionError("a new layout must fit the events of the one before")
         self.ring.giver(other.slot)()
 
@@ -203,6 +223,12 @@ class Batch:
             whole = np.concatenate(self.pieces[path]) if self.pieces[path] else np.empty(0, self.kinds[name][1])
             return Ragged(whole[int(offsets[row]) : int(offsets[row + 1])])
         return self.rows[path][row]
+
+    @staticmethod
+    def time(name: str, rows: NDArray[Any], row: int, value: Any) -> int | None:
+        """The time of an event, as it was added."""
+        stamp = int(rows[row])
+        return None if value is None and stamp == _MISSING_INTEGER else stamp
 
     def message(self, sequence: int) -> Message:
         """The message; its parts are ready when all chunks are compressed, the slot comes back when it is released."""
@@ -233,7 +259,8 @@ class Batch:
                     content = chunk.result() if isinstance(chunk, Future) else chunk
                 except (Exception, CancelledError) as error:
                     raise ComponentError(f"data_serializer.compression: compressing {path} failed: {error}") from error
-                struct.pack_into("<I", memory, size_at, len(content))
+                # The mask of filters left out follows the size; written each time, as memory is used again.
+                struct.pack_into("<II", memory, size_at, len(content), int(isinstance(content, AsItIs)))
                 struct.pack_into("<Q", memory, address_at, end)
                 parts.append(content)
                 end += len(content)

@@ -29,8 +29,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lclstreamer.errors import ComponentError
+from lclstreamer.errors import ComponentError, ConfigurationError
 from lclstreamer.events import Buffer, Channels, Event, Message, Ragged, RunInfo
+from lclstreamer.models import dataset_place
 from lclstreamer.serializers.base import Serializer, SerializerContext
 from lclstreamer.serializers.batches import Batch, Kind
 from lclstreamer.serializers.codecs import ChunkCodec, codec_for, filters_of
@@ -48,12 +49,18 @@ _KEPT_LAYOUTS = 16
 
 
 class HDF5BinarySerializer(Serializer):
-    """One HDF5 file a batch."""
+    """One HDF5 file a batch.
+
+    Raises:
+        ConfigurationError: a field is in the way of the exact times of another.
+    """
 
     def __init__(self, parameters: Any, context: SerializerContext) -> None:
         super().__init__(parameters, context)
-        self.paths: dict[str, str] = dict(parameters.fields)
-        self.stamps = [f"{self.paths[name]}_ns" for name in context.timestamps if name in self.paths]
+        if problems := parameters.collisions(context.timestamps, (), incomplete=False):
+            raise ConfigurationError("\n".join(problems))
+        self.paths: dict[str, str] = {name: dataset_place(path) for name, path in parameters.fields.items()}
+        self.stamps = {name: f"{path}_ns" for name, path in self.paths.items() if name in context.timestamps}
         self._filters = filters_of(parameters)
         self._codecs: dict[Kind, ChunkCodec | None] = {}
         self._layouts: dict[Any, Layout] = {}
@@ -106,7 +113,10 @@ class HDF5BinarySerializer(Serializer):
 
     def _add_slowly(self, event: Event) -> list[Message]:
         values = {name: self._storable(name, event) for name in self.paths}
-        event = Event(values, event.index, event.run, event.timestamp_ns)
+        event = Event(values, event.index, event.run, event.timestamp_ns, event.times)
+        # What only had to be turned into bytes or an array fits now: moving the batch would copy and compress it again.
+        if self._batch is not None and self._batch.add(event):
+            return []
         missing = {name for name, value in values.items() if value is None}
         self.incomplete |= missing
         messages: list[Message] = []
@@ -149,7 +159,7 @@ class HDF5BinarySerializer(Serializer):
     @staticmethod
     def _differs(batch: Batch, event: Event) -> bool:
         """Whether the event cannot be in the same message, whatever its layout."""
-        if event.run != batch.run or (event.timestamp_ns is None) == batch.has_time:
+        if event.run != batch.run or not batch.fits_times(event):
             return True
         for name, value in event.values.items():
             known = batch.kinds.get(name)
@@ -163,31 +173,33 @@ class HDF5BinarySerializer(Serializer):
         return False
 
     def _begin(self, kinds: dict[str, Kind], ragged: set[str], rows: int, event: Event) -> Batch:
-        has_time = event.timestamp_ns is not None
-        layout = self._layout(kinds, ragged, rows, event.run, has_time)
-        return Batch(self, layout, kinds, ragged, event.run, has_time)
+        timed = frozenset(name for name in self.stamps if event.time_of(name) is not None)
+        layout = self._layout(kinds, ragged, rows, event.run, timed)
+        return Batch(self, layout, kinds, ragged, event.run, timed)
 
     def _moved(self, batch: Batch, kinds: dict[str, Kind], rows: int) -> Batch:
         """The same events in another layout: other rows, more datasets, or longer strings."""
-        layout = self._layout(kinds, batch.ragged, rows, batch.run, batch.has_time)
-        new = Batch(self, layout, kinds, batch.ragged, batch.run, batch.has_time)
+        layout = self._layout(kinds, batch.ragged, rows, batch.run, batch.timed)
+        new = Batch(self, layout, kinds, batch.ragged, batch.run, batch.timed)
         new.take_over(batch)
         return new
 
-    def _layout(self, kinds: dict[str, Kind], ragged: set[str], rows: int, run: RunInfo, has_time: bool) -> Layout:
-        key = (tuple(kinds.items()), frozenset(ragged), rows, run, has_time, self.incomplete)
+    def _layout(
+        self, kinds: dict[str, Kind], ragged: set[str], rows: int, run: RunInfo, timed: frozenset[str]
+    ) -> Layout:
+        key = (tuple(kinds.items()), frozenset(ragged), rows, run, timed, self.incomplete)
         found = self._layouts.pop(key, None)
         if found is None:
-            columns = tuple(self._columns(kinds, ragged, has_time))
+            columns = tuple(self._columns(kinds, ragged, timed))
             found = Layout(columns, rows, self._attributes(run, kinds), self._filters)
         self._layouts[key] = found
         while len(self._layouts) > _KEPT_LAYOUTS:
             del self._layouts[next(iter(self._layouts))]
         return found
 
-    def _columns(self, kinds: dict[str, Kind], ragged: set[str], has_time: bool) -> Iterable[Column]:
+    def _columns(self, kinds: dict[str, Kind], ragged: set[str], timed: frozenset[str]) -> Iterable[Column]:
         for name, path in self.paths.items():
-            if has_time and name in self.context.timestamps:
+            if name in timed:
                 yield Column(f"{path}_ns", "plain", (), np.dtype(np.int64), (("epoch", EPOCH), ("units", "ns")))
             if name not in kinds:
                 continue

@@ -3,8 +3,8 @@
 HDF5 writes one file with the wanted groups, datasets and attributes; from then on only bytes at known places change:
 
 * *plain* datasets are contiguous: an event's value is copied to its row;
-* *packed* datasets have a compressed chunk an event: the chunks follow the image, and each chunk's size and address are
-  written into the index (a version 1 B-tree, whose entries are found by their first contents);
+* *packed* datasets have a compressed chunk an event: the chunks follow the image, and each chunk's size, filter mask
+  and address are written into the index (a version 1 B-tree, whose entries are found by their first contents);
 * *ragged* datasets have a length of their own in every message: the values follow the image, and length and address are
   written into the dataset's header;
 * the root attribute `sequence` and the end-of-file address are numbers at known places.
@@ -68,7 +68,7 @@ class Layout:
         size: bytes of the image.
         fixed: pieces of the image that never change, with their places.
         plain: path to the place of the first row.
-        packed: path to the places of size and address of every chunk.
+        packed: path to the places of size (which the filter mask follows) and address of every chunk.
         ragged: path to the places of length and address.
         sequence_at: place of the message's number.
     """

@@ -33,7 +33,7 @@ class GenericRandomNumpyArray(DataSource):
             values = np.asarray(self._random.random(self._shape, dtype=exact))
         else:
             top = min(255, np.iinfo(self._dtype).max)
-            values = self._random.integers(0, top, self._shape, dtype=self._dtype.newbyteorder("=").type)
+            values = self._random.integers(0, top, self._shape, dtype=f"{self._dtype.kind}{self._dtype.itemsize}")
         return values.astype(self._dtype, copy=False)
 
 

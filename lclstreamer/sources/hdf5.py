@@ -2,7 +2,8 @@
 
 Events are rows: the n-th row of every dataset is of the same event; the rows of all files, in order of their names, are
 numbered through. Every rank opens all files and reads its own rows. Companion datasets ``<path>_missing``, as the HDF5
-serializer writes them, mark rows without a value.
+serializer writes them, mark rows without a value; a data source that the file's root attribute `missing` names gave no
+row of it a value, and has no dataset.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class HDF5EventSource(EventSource):
             rows = self._rows if self.context.limit is None else min(self._rows, max(0, self.context.limit - start))
             for row in range(rows):
                 if self.mine(start + row):
-                    yield Event(self._read(row), start + row, run, self._time(row))
+                    values, times = self._read(row), self._times(row)
+                    yield Event(values, start + row, run, next(iter(times.values()), None), times)
             start += rows
 
     def close(self) -> None:
@@ -78,15 +80,17 @@ class HDF5EventSource(EventSource):
             self._file = h5py.File(path, "r")
         except OSError as error:
             raise SourceError(f"source_identifier: {path} cannot be read as HDF5: {error}") from error
-        lengths: dict[str, int] = {}
-        for name, source in self._sources.items():
-            if isinstance(source, _Rows):
-                lengths[name] = source.use(self._file, path)
-        if not lengths:
+        found = {
+            name: source.use(self._file, path) for name, source in self._sources.items() if isinstance(source, _Rows)
+        }
+        if not found:
             raise SourceError(
                 "data_sources: an HDF5EventSource needs at least one HDF5Dataset or HDF5Timestamp: their rows are the "
                 "events"
             )
+        lengths = {name: count for name, count in found.items() if count is not None}
+        if not lengths:
+            return _count_rows(self._file)
         if len(set(lengths.values())) > 1:
             shown = ", ".join(f"{name} {count}" for name, count in lengths.items())
             raise SourceError(f"{path}: the datasets have different numbers of rows: {shown}")
@@ -95,16 +99,17 @@ class HDF5EventSource(EventSource):
     def _run_info(self) -> RunInfo:
         experiment, run = self.parameters.experiment, self.parameters.run
         if experiment is None:
-            experiment = str(self._file.attrs.get("experiment", ""))
+            experiment = self._file.attrs.get("experiment", "")
+            experiment = "".join(_texts(experiment))
         if run is None:
             run = int(self._file.attrs.get("run", 0))
         return RunInfo(experiment, run)
 
-    def _time(self, row: int) -> int | None:
-        for source in self._sources.values():
-            if isinstance(source, HDF5Timestamp):
-                return source.nanoseconds(row)
-        return None
+    def _times(self, row: int) -> dict[str, int | None]:
+        """The times of all data sources that have one; the first is the event's."""
+        return {
+            name: source.nanoseconds(row) for name, source in self._sources.items() if isinstance(source, HDF5Timestamp)
+        }
 
 
 class _Rows(DataSource):
@@ -115,23 +120,34 @@ class _Rows(DataSource):
         self._dataset: Any = None
         self._missing: NDArray[Any] | None = None
 
-    def use(self, file: Any, path: Path) -> int:
-        """Read from this file from now on; how many rows the dataset has.
+    def use(self, file: Any, path: Path) -> int | None:
+        """Read from this file from now on; how many rows the dataset has, `None` where the source gave it nothing.
 
         Raises:
             SourceError: the file has no such dataset; the text names those it has.
         """
         wanted = self.parameters.path
         found = file.get(wanted)
+        silent = _texts(file.attrs.get("missing", ()))
+        if found is None and self.name in silent:
+            self._dataset = None
+            return None
         if not isinstance(found, h5py.Dataset) or not found.shape:
             names: list[str] = []
             file.visititems(lambda name, item: names.append(f"/{name}") if isinstance(item, h5py.Dataset) else None)
             raise SourceError(
                 f"data_sources.{self.name}.path: {path} has no dataset {wanted!r} with an axis for the events; it has "
                 f"{', '.join(names[:30]) or 'none'}{nearest(wanted, names)}"
+                + (
+                    f". Data sources that gave nothing for this file: {', '.join(silent)}; if it is one of them, call "
+                    "this one so"
+                    if silent
+                    else ""
+                )
             )
         self._dataset = found
-        mask = file.get(f"{wanted}_missing")
+        # Exact times share the mask of the times they belong to.
+        mask = file.get(f"{wanted}_missing", file.get(f"{wanted.removesuffix('_ns')}_missing"))
         self._missing = mask[()] if isinstance(mask, h5py.Dataset) else None
         # Reading row by row would decompress a chunk once for every row in it.
         self._block_rows = found.chunks[0] if found.chunks else 1
@@ -140,6 +156,8 @@ class _Rows(DataSource):
 
     def row(self, number: int) -> NDArray[Any] | None:
         """A row, `None` where it is marked as missing."""
+        if self._dataset is None:
+            return None
         if self._missing is not None and self._missing[number]:
             return None
         start = number - number % self._block_rows
@@ -166,19 +184,37 @@ class HDF5Timestamp(_Rows):
 
     is_timestamp = True
 
-    def get(self, event: Any) -> NDArray[np.float64]:
-        """Seconds since 1970 as float64."""
-        return np.array(self.nanoseconds(event) / 1e9)
+    def get(self, event: Any) -> NDArray[np.float64] | None:
+        """Seconds since 1970 as float64, `None` where the time is missing."""
+        exact = self.nanoseconds(event)
+        return None if exact is None else np.array(exact / 1e9)
 
-    def nanoseconds(self, row: int) -> int:
-        """Nanoseconds since 1970; exact where the dataset has integers."""
+    def nanoseconds(self, row: int) -> int | None:
+        """Nanoseconds since 1970, exact where the dataset has integers; `None` where the time is missing."""
         value = self.row(row)
-        if value is None:
-            return 0
+        if value is None or not np.isfinite(value):
+            return None
         factor = _NANOSECONDS[str(self.parameters.unit)]
         exact: int = int(value) * factor if value.dtype.kind in "iu" else round(float(value) * factor)
         offset: int = round(self.parameters.epoch * 1e9)
         return exact + offset
+
+
+def _texts(attribute: Any) -> list[str]:
+    """The strings of an attribute; those of a fixed length come as bytes."""
+    return [one.decode() if isinstance(one, bytes) else str(one) for one in np.ravel(attribute).tolist()]
+
+
+def _count_rows(file: Any) -> int:
+    """How many events a file has that the HDF5 serializer wrote, 0 without any dataset."""
+    counts: list[int] = []
+
+    def count(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset) and item.shape and f"{name}_offsets" not in file:
+            counts.append(int(item.shape[0]) - name.endswith("_offsets"))
+
+    file.visititems(count)
+    return min(counts, default=0)
 
 
 def _find(text: str) -> list[Path]:

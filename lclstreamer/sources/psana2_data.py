@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lclstreamer.errors import ComponentError
 from lclstreamer.events import Channels
 from lclstreamer.sources.base import DataSource
 from lclstreamer.sources.detector import as_array, call_of, not_there
@@ -69,26 +70,57 @@ class Psana2DetectorInterface(DataSource):
 
 
 class Psana2Waveforms(DataSource):
-    """All channels of a digitizer: psana gives ``{segment: {channel: samples, "times": …}}``."""
+    """All channels of a digitizer: psana gives ``{segment: {channel: samples, "times": …}}``.
+
+    A channel has the same number in every event of a run, whichever others the event has: that of its segment, or,
+    where the detector's configuration says that segments have n channels, n x segment + channel.
+    """
 
     def __init__(self, name: str, parameters: Any, info: Mapping[str, Any]) -> None:
         super().__init__(name, parameters, info)
-        place = f"data_sources.{name}"
-        found = _find(place, info["run"], parameters.psana_name)
-        self._call = call_of(place, found, parameters.psana_name, parameters.psana_fields)
+        self._place = f"data_sources.{name}"
+        found = _find(self._place, info["run"], parameters.psana_name)
+        self._call = call_of(self._place, found, parameters.psana_name, parameters.psana_fields)
+        for word in parameters.psana_fields.split(".")[:-1]:
+            found = getattr(found, word)
+        self._in_segment = _channels_of_segments(found)
 
     def get(self, event: Any) -> Channels | None:
-        """The samples of every channel, numbered through segment by segment; `None` when there are none."""
+        """The samples of the channels this event has, in the order of their numbers; `None` when there are none.
+
+        Raises:
+            ComponentError: a segment has more channels than the run's configuration says.
+        """
         segments = self._call(event)
         if not segments:
             return None
-        arrays = [
-            np.asarray(samples)
-            for _, channels in sorted(segments.items())
-            for channel, samples in sorted(channels.items(), key=lambda one: str(one[0]))
+        arrays = {
+            self._number(segment, channel): np.asarray(samples)
+            for segment, channels in segments.items()
+            for channel, samples in channels.items()
             if channel != "times"
-        ]
-        return Channels(tuple(arrays), tuple(range(len(arrays))))
+        }
+        numbers = sorted(arrays)
+        return Channels(tuple(arrays[number] for number in numbers), tuple(numbers))
+
+    def _number(self, segment: int, channel: Any) -> int:
+        # psana leaves out segments without a waveform: counting those that are there would name the wrong channel.
+        if not isinstance(channel, int | np.integer) or not 0 <= channel < self._in_segment:
+            raise ComponentError(
+                f"{self._place}: segment {segment} of {self.parameters.psana_name} has a channel {channel!r}; by the "
+                f"run's configuration the channels of its segments are 0 to {self._in_segment - 1}, no others can be "
+                "numbered: choose a psana_fields that gives {segment: {number: samples}}"
+            )
+        return int(segment) * self._in_segment + int(channel)
+
+
+def _channels_of_segments(detector: Any) -> int:
+    """How many channels each segment has by the run's configuration, 1 where that does not say."""
+    try:
+        channels = detector._seg_chans()  # noqa: SLF001 - psana's only word for it: {segment: [channel, …]}
+    except (AttributeError, AssertionError, TypeError):
+        return 1
+    return 1 + max((int(channel) for each in channels.values() for channel in each), default=0)
 
 
 def _find(place: str, run: Any, wanted: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import yaml
 
 from lclstreamer import config, models, pipeline_models
+from lclstreamer.engine import Engine
 from lclstreamer.errors import ConfigurationError
 from lclstreamer.events import Event, RunInfo
 from lclstreamer.serializers.base import SerializerContext
@@ -101,6 +103,109 @@ def test_configurations_as_the_original_has_them_are_taken_without_a_word(text: 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         config.from_mapping(yaml.safe_load(text + COMMON))
+
+
+def internal(**changes: Any) -> dict[str, Any]:
+    """A configuration of three made events with the data sources `x`, `y` and `s`, and the sections given instead."""
+    return {
+        "source_identifier": "here",
+        "skip_incomplete_events": False,
+        "event_source": {"type": "InternalEventSource", "number_of_events_to_generate": 3},
+        "data_sources": {
+            "x": {"type": "IntValue", "value": 1},
+            "y": {"type": "FloatValue", "value": 2},
+            "s": {"type": "SourceIdentifier"},
+        },
+        "processing_pipeline": {"type": "BatchProcessingPipeline", "batch_size": 3},
+        "data_serializer": {"type": "HDF5BinarySerializer", "fields": {"x": "/x"}},
+        "data_handlers": [{"type": "BinaryFileWritingDataHandler"}],
+    } | changes
+
+
+def test_fields_of_data_sources_that_are_not_there_are_ignored_with_a_warning(tmp_path: Path, datasets: Any) -> None:
+    content = internal(
+        data_serializer={"type": "HDF5BinarySerializer", "fields": {"x": "/x", "camera": "/camera", "yy": "/y"}},
+        data_handlers=[{"type": "BinaryFileWritingDataHandler", "write_directory": str(tmp_path)}],
+    )
+    with pytest.warns(config.ConfigurationWarning) as caught:
+        parameters = config.from_mapping(content)
+    texts = [str(one.message) for one in caught]
+    assert [text.partition(":")[0] for text in texts] == ["data_serializer.fields.camera", "data_serializer.fields.yy"]
+    assert "no data source has this name, nothing is stored at /y; there are x, y, s" in texts[1]
+    engine = Engine(parameters)
+    engine.open()
+    engine.run()
+    found = datasets((tmp_path / "r0_0.h5").read_bytes())
+    assert found.keys() == {"", "/x"}
+    assert "missing" not in found[""]
+
+
+def test_fields_of_which_none_is_there_are_refused() -> None:
+    fields = {"type": "HDF5BinarySerializer", "fields": {"a": "/a", "xx": "/x"}}
+    with pytest.raises(ConfigurationError, match=r"fields.a: no data source has this name(.|\n)*fields.xx: no data"):
+        config.from_mapping(internal(data_serializer=fields))
+
+
+@pytest.mark.parametrize("given", [3.5, 3.0, "3", 3])
+def test_an_integer_is_what_the_original_makes_of_it(given: Any) -> None:
+    content = internal(data_sources={"x": {"type": "IntValue", "value": given}})
+    if given == 3.5:
+        with pytest.warns(config.ConfigurationWarning, match="data_sources.x.value: 3.5 is no whole number .* 3"):
+            parameters = config.from_mapping(content)
+    else:
+        parameters = config.from_mapping(content)
+    section: Any = parameters.data_sources["x"]
+    assert section.value == int(np.array(given, dtype=np.int_))
+
+
+@pytest.mark.parametrize("given", [float("nan"), float("inf"), "3.5", 2**63, -1e30])
+def test_a_value_that_the_original_cannot_make_an_integer_of_is_refused(given: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"data_sources.x.value: "):
+        config.from_mapping(internal(data_sources={"x": {"type": "IntValue", "value": given}}))
+
+
+DTYPES = re.findall(
+    r"\S+",
+    "native str str_ bytes bytes_ bool bool_ byte ubyte short ushort intc uintc int int_ uint intp uintp long ulong "
+    "longlong ulonglong half single double longdouble float complex csingle cdouble clongdouble "
+    "int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 complex64 complex128 "
+    "b1 i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8 c8 c16 <i4 >f8 =u2 |u1 >c8 "
+    "? b B h H i I l L q Q p P n N e f d g F D G U S U100 S200 <U5 |S3",
+)
+
+
+@pytest.mark.parametrize("name", [None, *DTYPES])
+def test_every_dtype_of_numbers_and_strings_that_numpy_knows_is_taken(name: str | None) -> None:
+    section = models.Psana2DetectorInterface.model_validate(
+        {"type": "Psana2DetectorInterface", "psana_name": "gmd", "psana_fields": "raw.x", "dtype": name}
+    )
+    assert section.dtype == (name or "native")
+    if section.dtype != "native":
+        assert np.dtype(section.dtype).kind in "biufcSU"
+
+
+@pytest.mark.parametrize(
+    "name", ["d4", "u", "i3", "f3", "int128", "float8", "O", "object", "M8", "V4", "U-1", "U99999999", "x", ""]
+)
+def test_what_is_no_dtype_of_numbers_or_strings_is_refused_in_words(name: str) -> None:
+    source = {"type": "HDF5Dataset", "path": "/x", "dtype": name}
+    with pytest.raises(ConfigurationError, match=f"data_sources.x.dtype: '{name}': is no numpy dtype .* e.g. float32"):
+        config.from_mapping(
+            internal(
+                event_source={"type": "HDF5EventSource"},
+                source_identifier="files=/data",
+                data_sources={"x": source},
+            )
+        )
+
+
+@pytest.mark.parametrize("name", ["longlong", "intc", "ulong", "longdouble", ">i2", "native", None])
+def test_random_numbers_are_of_any_integer_or_floating_dtype(name: str | None) -> None:
+    from lclstreamer.sources.generic import GenericRandomNumpyArray
+
+    options = {"type": "GenericRandomNumpyArray", "array_shape": "3", "array_dtype": name}
+    source = GenericRandomNumpyArray("x", models.GenericRandomNumpyArray.model_validate(options), {})
+    assert source.get(None).dtype == np.dtype("float64" if name in (None, "native") else name)
 
 
 @pytest.mark.skipif(not REFERENCE, reason="LCLSTREAMER_REFERENCE names no checkout of the original engine")

@@ -90,6 +90,63 @@ def test_an_error_names_file_place_value_and_remedy(
     assert expected in problems(internal)
 
 
+TIME = {"type": "HDF5Timestamp", "path": "/t"}
+WAVES = {"type": "HDF5Dataset", "path": "/w"}
+FEX = {"type": "FexPipeline", "data_source": "w", "form": "waveform"}
+COUNTING = {
+    "type": "ElectronCountingPipeline",
+    "data_source": "w",
+    "background_threshold": 1,
+    "xray_threshold": 9,
+}
+BATCH = {"type": "BatchProcessingPipeline", "batch_size": 10}
+
+
+def archive(internal: dict[str, Any], fields: dict[str, str], *pipelines: dict[str, Any], skip: bool = False) -> Any:
+    """A configuration of an archived run with a time `t`, waveforms `w`, and `x`."""
+    return internal | {
+        "source_identifier": "files=/data",
+        "skip_incomplete_events": skip,
+        "event_source": {"type": "HDF5EventSource"},
+        "data_sources": {"t": TIME, "w": WAVES, "x": {"type": "IntValue", "value": 1}},
+        "processing_pipeline": [*pipelines, BATCH],
+        "data_serializer": {"type": "HDF5BinarySerializer", "fields": fields},
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "pipelines", "skip", "expected"),
+    [
+        ({"t": "/t", "x": "/t_ns"}, [], True, "data_serializer.fields.x: /t_ns is where the nanoseconds of t are"),
+        ({"t": "t", "x": "/t_ns/x"}, [], True, "data_serializer.fields.x: /t_ns/x is where the nanoseconds of t are"),
+        ({"w": "//w/", "x": "w_missing"}, [], False, "/w_missing is where it is marked which values of w are missing"),
+        ({"w_samples": "/s", "x": "/s_offsets"}, [FEX], True, "/s_offsets is where it is said which of w_samples are"),
+        ({"w_electrons": "/e", "x": "/e_offsets"}, [COUNTING], True, "/e_offsets is where it is said which"),
+    ],
+)
+def test_paths_that_the_serializer_needs_itself_are_refused_at_start(
+    internal: dict[str, Any], fields: dict[str, str], pipelines: list[Any], skip: bool, expected: str
+) -> None:
+    assert expected in problems(archive(internal, fields, *pipelines, skip=skip))
+
+
+@pytest.mark.parametrize(
+    ("path", "skip"), [("/w_missing", True), ("/w_ns", False), ("/w_offsets", False), ("/w_missing_x", False)]
+)
+def test_paths_that_are_never_in_the_way_are_taken(internal: dict[str, Any], path: str, skip: bool) -> None:
+    config.from_mapping(archive(internal, {"w": "/w", "x": path}, skip=skip))
+
+
+@pytest.mark.parametrize("pipeline", [FEX, COUNTING], ids=lambda one: one["type"])
+def test_what_a_pipeline_has_replaced_is_refused_behind_it(internal: dict[str, Any], pipeline: dict[str, Any]) -> None:
+    threshold = {"type": "ThresholdPipeline", "data_source": "w", "threshold": 3}
+    config.from_mapping(archive(internal, {"x": "/x"}, threshold, pipeline))
+    text = problems(archive(internal, {"x": "/x", "w": "/w"}, pipeline, threshold))
+    kind = pipeline["type"]
+    assert f"processing_pipeline[1].data_source: 'w' is no data source here: {kind} has replaced it; there are " in text
+    assert f"data_serializer.fields.w: {kind} has replaced w; there are t, x, w_" in text
+
+
 def test_a_missing_key_is_named(internal: dict[str, Any]) -> None:
     del internal["data_serializer"]
     assert "run.yaml: data_serializer: this key is missing" in problems(internal)

@@ -333,6 +333,33 @@ def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_no_part(stop: th
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("queued", [0, 2])
+def test_a_file_that_is_still_being_written_at_the_deadline_is_not_reported_as_written(
+    tmp_path: Path, stop: threading.Event, queued: int
+) -> None:
+    handler = files(tmp_path, stop)
+    began, go_on, original = threading.Event(), threading.Event(), handler._write
+
+    def hang(path: Path, one: Message) -> None:
+        began.set()
+        assert go_on.wait(30)
+        original(path, one)
+
+    handler._write = hang  # type: ignore[method-assign]
+    handler.open()
+    handler.handle(message(b"first"))
+    assert began.wait(30)
+    for _ in range(queued):
+        handler.handle(message(b"later"))
+    try:
+        with pytest.raises(HandlerError, match=f"{queued + 1} messages were not written in time"):
+            handler.close(drain=True, timeout=0.3)
+        assert handler.messages == 0
+    finally:
+        go_on.set()
+        handler._thread.join(30)
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, stop: threading.Event) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(HandlerError, match="write_directory"):

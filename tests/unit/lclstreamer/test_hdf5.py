@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from lclstreamer import models
-from lclstreamer.errors import ComponentError
+from lclstreamer.errors import ComponentError, ConfigurationError
 from lclstreamer.events import Channels, Event, Message, Ragged, RunInfo
 from lclstreamer.serializers.base import SerializerContext
 from lclstreamer.serializers.codecs import BitshuffleCodec
@@ -69,6 +69,64 @@ def test_lossy_zfp_stays_within_the_stated_error(dtype: str, datasets: Callable[
     assert 0 < np.abs(got - sent).max() <= 0.5
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shape", [(40, 40), (3, 20, 24), (2, 3, 8, 9)])
+def test_what_zfp_cannot_hold_to_its_accuracy_is_stored_as_it_is(
+    dtype: str, shape: tuple[int, ...], datasets: Callable[[bytes], dict[str, Any]]
+) -> None:
+    plain = np.random.default_rng(7).normal(100, 30, shape).astype(dtype)
+    sent: list[Any] = [plain]
+    for spoilt in (np.nan, np.inf, -np.inf, 1e8, -3e30, np.finfo(dtype).max):
+        frame = plain.copy()
+        frame.flat[5] = spoilt
+        sent += [frame, None, plain]
+    (message,) = messages(serializer({"a": "/a"}, "zfp", zfp_accuracy=0.01), *({"a": one} for one in sent))
+    with h5py.File(io.BytesIO(message)) as file:
+        dataset = file["a"]
+        assert dataset.attrs["max_absolute_error"] == 0.01
+        masks = [
+            dataset.id.get_chunk_info_by_coord((row, *(0 for _ in plain.shape))).filter_mask for row in range(len(sent))
+        ]
+        got = dataset[:]
+    assert [mask == 0 for mask in masks[:3]] == [True, False, False]
+    for one, mask, back in zip(sent, masks, got, strict=True):
+        if one is None:
+            assert np.isnan(back).all()
+        elif mask:
+            assert back.tobytes() == one.tobytes()
+        else:
+            assert np.abs(back.astype(np.float64) - one.astype(np.float64)).max() <= 0.01
+    assert masks[-1] == 0
+
+
+def test_zfp_stays_in_use_for_values_it_can_hold(datasets: Callable[[bytes], dict[str, Any]]) -> None:
+    frame = np.random.default_rng(8).normal(20_000, 3_000, (64, 64)).astype(np.float32)
+    (message,) = messages(serializer({"a": "/a"}, "zfp", zfp_accuracy=0.02), {"a": frame}, {"a": frame})
+    assert np.abs(datasets(message)["/a"] - frame).max() <= 0.02
+    with h5py.File(io.BytesIO(message)) as file:
+        assert file["a"].id.get_chunk_info(0).filter_mask == 0
+        assert file["a"].id.get_storage_size() < 2 * frame.nbytes
+
+
+def test_several_data_sources_of_different_shapes_are_compressed_with_zfp(
+    datasets: Callable[[bytes], dict[str, Any]],
+) -> None:
+    sent = {"a": np.ones((20, 30)), "b": np.ones((4, 30, 5), np.float32)}
+    (message,) = messages(serializer({"a": "/a", "b": "/b"}, "zfp"), sent)
+    assert all(np.array_equal(datasets(message)[f"/{name}"][0], value) for name, value in sent.items())
+
+
+def test_a_message_in_memory_used_before_says_for_itself_how_its_chunks_are_stored(
+    datasets: Callable[[bytes], dict[str, Any]],
+) -> None:
+    writer = serializer({"a": "/a"}, "zfp", zfp_accuracy=0.01)
+    frame = np.random.default_rng(9).normal(100, 30, (32, 32)).astype(np.float32)
+    for spoilt in (np.nan, 100.0, np.nan):
+        frame[1, 1] = spoilt
+        (message,) = messages(writer, *({"a": frame} for _ in range(writer.context.batch_size)))
+        assert np.allclose(datasets(message)["/a"][-1], frame, rtol=0, atol=0.01, equal_nan=True)
+
+
 def test_the_message_says_where_it_comes_from(datasets: Callable[[bytes], dict[str, Any]]) -> None:
     writer = serializer({"a": "/a"})
     run = RunInfo("mfx100", 7)
@@ -106,6 +164,19 @@ def test_arrays_of_strings_survive(datasets: Callable[[bytes], dict[str, Any]]) 
     assert datasets(message)["/s"].tolist() == [["mfx", "7"], ["tmo", "10"]]
 
 
+def test_events_with_strings_are_added_without_moving_those_before(
+    datasets: Callable[[bytes], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = serializer({"s": "/s", "n": "/n", "a": "/a"}, "gzip")
+    moved = []
+    move = HDF5BinarySerializer._moved
+    monkeypatch.setattr(writer, "_moved", lambda *given: moved.append(writer._batch) or move(writer, *given))
+    texts = [f"shot {number}" for number in range(8)]
+    (message,) = messages(writer, *({"s": np.array(text), "n": 7, "a": np.full((20, 20), 3.0)} for text in texts))
+    assert datasets(message)["/s"].tolist() == texts
+    assert not moved
+
+
 @pytest.mark.parametrize(
     ("dtype", "filled"), [("float32", np.nan), ("int32", -999), ("uint16", 0), ("int8", 0), ("bool", False)]
 )
@@ -138,6 +209,16 @@ def test_another_shape_or_run_begins_a_new_message(datasets: Callable[[bytes], d
     made = [bytes(one) for one in writer.add(Event({"a": np.ones(1)}, 0, RunInfo("x", 1)))]
     made += [bytes(one) for one in writer.add(Event({"a": np.ones(1)}, 1, RunInfo("x", 2)))]
     assert datasets(made[0])[""]["run"] == 1
+
+
+def test_companions_lie_beside_a_path_however_it_is_spelt(datasets: Callable[[bytes], dict[str, Any]]) -> None:
+    (message,) = messages(serializer({"a": "x//a/"}), {"a": None}, {"a": np.array(1)})
+    assert set(datasets(message)) == {"", "/x/a", "/x/a_missing"}
+
+
+def test_a_field_in_the_way_of_exact_times_is_refused_also_for_times_of_other_packages() -> None:
+    with pytest.raises(ConfigurationError, match="/t_ns is where the nanoseconds of timestamp are"):
+        serializer({"timestamp": "/t", "a": "/t_ns"})
 
 
 def test_only_configured_fields_are_sent(datasets: Callable[[bytes], dict[str, Any]]) -> None:

@@ -100,7 +100,8 @@ def test_ranks_together_read_every_event_of_a_file_once(simulated_run: Path, siz
 
 
 @pytest.mark.parametrize(
-    ("text", "limit", "expected"), [(",max_events=9", None, 9), ("", 4, 4), (",max_events=9", 4, 4)]
+    ("text", "limit", "expected"),
+    [(",max_events=9", None, 9), ("", 4, 4), (",max_events=9", 4, 4), (",max_events=0", None, 23)],
 )
 def test_max_events_and_num_events_count_over_all_ranks(
     simulated_run: Path, text: str, limit: int | None, expected: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from lclstreamer import config, models, pipeline_models
 from lclstreamer.engine import Engine
 from lclstreamer.errors import ComponentError, ConfigurationError
-from lclstreamer.events import Channels, Event, Ragged
+from lclstreamer.events import Channels, Event, Ragged, RunInfo
 from lclstreamer.pipelines.base import Chain, make_chain
 from lclstreamer.pipelines.fex import parabola, rise
 from lclstreamer.pipelines.hits import count_peaks
@@ -77,6 +78,38 @@ def test_what_is_below_the_threshold_is_suppressed() -> None:
     (found,) = through(chain("ThresholdPipeline", threshold=50), IMAGE)
     assert np.count_nonzero(found) == 10
     assert found.dtype == np.uint16
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [
+        (-1.0, "uint16"),
+        (np.nan, "uint16"),
+        (np.inf, "int32"),
+        (65536.0, ">u2"),
+        (2.0**63, "int64"),
+        (1e39, "float32"),
+        (7e4, "float16"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["MaskPipeline", "ThresholdPipeline"])
+def test_a_value_that_the_images_type_cannot_hold_is_an_error_that_names_both(
+    kind: str, value: float, dtype: str, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "mask.npy", np.eye(3))
+    options = {"mask": tmp_path / "mask.npy"} if kind == "MaskPipeline" else {"threshold": 3}
+    name = np.dtype(dtype).name
+    with pytest.raises(ComponentError, match=rf"{kind}: value {re.escape(str(value))} .* a is {name}"):
+        through(chain(kind, value=value, **options), np.ones((3, 3), dtype))
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(np.nan, "float32"), (np.inf, "float16"), (-1.0, "int8"), (65535.0, ">u2")]
+)
+def test_a_value_that_the_images_type_holds_is_put_in(value: float, dtype: str) -> None:
+    (found,) = through(chain("ThresholdPipeline", threshold=3, value=value), np.ones((3, 3), dtype))
+    assert found.dtype == np.dtype(dtype).newbyteorder("=")
+    assert np.array_equal(found, np.full((3, 3), value), equal_nan=True)
 
 
 @pytest.mark.parametrize("kind", ["CropPipeline", "ThresholdPipeline"])
@@ -246,7 +279,7 @@ def test_electrons_are_counted_where_they_hit() -> None:
     (event,) = pipelines.process(Event({"a": frame}, 9))
     assert sorted(event.values["a_electrons"].values.tolist()) == [3 * 16 + 4, 10 * 16 + 12]
     assert (int(event.values["a_frame"]), int(event.values["a_sectors"])) == (9, 1)
-    assert pipelines.report() == {"frames": 1, "incomplete frames": 0, "electrons": 2}
+    assert pipelines.report() == {"frames": 1, "incomplete frames": 0, "electrons": 2, "sectors without a frame": 0}
 
 
 def test_frames_are_put_together_from_sectors_and_incomplete_ones_are_counted_last() -> None:
@@ -267,6 +300,65 @@ def test_frames_are_put_together_from_sectors_and_incomplete_ones_are_counted_la
     assert sorted(out[0].values["a_electrons"].values.tolist()) == [6 * 16 + 6, (8 + 2) * 16 + 5]
     assert out[1].values["a_electrons"].values.tolist() == [4 * 16 + 4]
     assert pipelines.report()["incomplete frames"] == 1
+
+
+def sector(frame: int | None, number: int | None) -> dict[str, Any]:
+    """An event of the sector of a frame."""
+    values = {"a": electrons((8, 16), (1, 1)), "frame": frame, "sector": number}
+    return {name: value if value is None else np.asarray(value) for name, value in values.items()}
+
+
+def test_frames_that_lost_a_sector_are_counted_when_so_many_newer_ones_are_open() -> None:
+    pytest.importorskip("stempy")
+    options = {"sectors": 2, "frame_number": "frame", "sector_number": "sector", "maximum_open_frames": 3, **COUNTING}
+    pipelines = chain("ElectronCountingPipeline", **options)
+    (counting,) = pipelines.pipelines
+    out = []
+    for index, (frame, number) in enumerate([(5, 0), (6, 0), (6, 1), (9, 0), (7, 1), (8, 0), (10, 0), (9, 1), (11, 1)]):
+        out.append([int(one.values["a_frame"]) for one in pipelines.process(Event(sector(frame, number), index))])
+        assert len(counting._open) <= 3  # type: ignore[attr-defined]
+    assert out == [[], [], [6], [], [], [5], [9], [], [7]]
+    last = [(int(one.values["a_frame"]), int(one.values["a_sectors"])) for one in pipelines.finish()]
+    assert last == [(8, 1), (10, 1), (11, 1)]
+    assert pipelines.report()["incomplete frames"] == 6
+    assert pipelines.report()["sectors without a frame"] == 1
+
+
+def test_frames_of_the_next_run_are_others_and_what_waits_is_copied() -> None:
+    pytest.importorskip("stempy")
+    pipelines = chain("ElectronCountingPipeline", sectors=2, frame_number="frame", sector_number="sector", **COUNTING)
+    energy = np.zeros(1)
+    for run in (1, 2):
+        energy[:] = run
+        assert not list(pipelines.process(Event(sector(7, 0) | {"energy": energy}, run, RunInfo("x", run))))
+    found = [(one.run.run, int(one.values["a_frame"]), one.values["energy"].tolist()) for one in pipelines.finish()]
+    assert found == [(1, 7, [1]), (2, 7, [2])]
+
+
+def test_a_sector_of_a_frame_that_was_counted_without_it_is_left_out_and_counted() -> None:
+    pytest.importorskip("stempy")
+    options = {"sectors": 2, "frame_number": "frame", "sector_number": "sector", "maximum_open_frames": 1, **COUNTING}
+    pipelines = chain("ElectronCountingPipeline", **options)
+    out = []
+    for index, (frame, number) in enumerate([(1, 0), (2, 0), (1, 1), (2, 1)]):
+        out += [int(one.values["a_frame"]) for one in pipelines.process(Event(sector(frame, number), index))]
+    out += [int(one.values["a_frame"]) for one in pipelines.finish()]
+    assert out == [1, 2]
+    assert pipelines.report() | {"electrons": 0} == {
+        "frames": 2,
+        "incomplete frames": 1,
+        "electrons": 0,
+        "sectors without a frame": 1,
+    }
+
+
+@pytest.mark.parametrize(("frame", "number"), [(None, 0), (1, None), (None, None)])
+def test_a_sector_without_its_numbers_is_left_out_and_counted(frame: int | None, number: int | None) -> None:
+    pytest.importorskip("stempy")
+    pipelines = chain("ElectronCountingPipeline", sectors=2, frame_number="frame", sector_number="sector", **COUNTING)
+    assert not list(pipelines.process(Event(sector(frame, number), 0)))
+    assert not list(pipelines.finish())
+    assert pipelines.report()["sectors without a frame"] == 1
 
 
 def test_a_sector_that_comes_twice_is_an_error() -> None:

@@ -196,7 +196,10 @@ def test_what_only_the_data_can_tell_is_not_guessed(
     configuration["source_identifier"] = "exp=tmox42619,run=7"
     parameters, _ = launch.checked(configuration, settings())
     assert plan.estimate(parameters, 1) == plan.Estimate(None, None, None)
-    configuration["source_identifier"] += ",max_events=11"
+    configuration["source_identifier"] = "exp=tmox42619,run=7,max_events=0"
+    parameters, _ = launch.checked(configuration, settings())
+    assert plan.estimate(parameters, 1) == plan.Estimate(None, None, None)
+    configuration["source_identifier"] = "exp=tmox42619,run=7,max_events=11"
     configuration["data_sources"] = {
         "i": {"type": "Psana2DetectorInterface", "psana_name": "a", "psana_fields": "raw.raw"}
     }
