@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import fnmatch
 import hashlib
-import json
 import os
 import re
 import shlex
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
 from lclstream_airflow.hooks.patience import CredentialsError, PeerError, ServiceError, UnreachableError, insist
+from lclstream_airflow.hooks.results import read_json
 from lclstream_airflow.hooks.superfacility import (
     FacilityJob,
     MachineStanding,
@@ -83,7 +83,7 @@ class SuperfacilityOperator(RemoteWorkOperator):
         from elsewhere. They are part of the script that is sent: no secrets
     :param input_files: files to put into `folder` before the job is submitted: name there → absolute path on the worker
     :param result_file: a JSON object that the job writes in `folder`; it becomes ``result``. At most 48 kB: facts, not
-        data. None: no result is expected
+        data. NaN and infinity become text. None: no result is expected
     :param output_files: patterns such as ``*.png`` of files in `folder` to keep
     :param output_folder: where on the worker they are kept; needed with `output_files`
     :param follow_log: copy what the job prints into the task's log while it runs, as long as it is below 1 MiB
@@ -367,7 +367,7 @@ class SuperfacilityOperator(RemoteWorkOperator):
                 "facts in the result file"
             )
         try:
-            result = json.loads(data)
+            result = read_json(data)
         except ValueError as error:
             raise DocumentError(f"its {name} is not JSON: {error}") from error
         if not isinstance(result, dict):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
@@ -12,6 +11,7 @@ from typing import Any
 from lclstream_airflow.hooks.elog import AsyncElogClient, ElogHook
 from lclstream_airflow.hooks.patience import ServiceError
 from lclstream_airflow.hooks.psik import AsyncJobClient, JobState
+from lclstream_airflow.hooks.results import read_json
 from lclstream_airflow.triggers.polling import WaitStatus, event
 from lclstream_airflow.triggers.psik import PsikJobTrigger
 
@@ -120,7 +120,7 @@ class AcquisitionTrigger(PsikJobTrigger):
             if error.status == 404:
                 return None
             raise
-        answer: dict[str, Any] = json.loads(data)
+        answer: dict[str, Any] = read_json(data)
         return answer
 
     async def cancel(self, client: AsyncJobClient) -> None:

@@ -412,6 +412,15 @@ def test_a_result_that_cannot_be_used_is_explained(
         job_operator(script, result_file="result.json", deferrable=False).execute(context)
 
 
+def test_numbers_that_json_does_not_know_become_text(jobs: JobClient, context: dict[str, Any]) -> None:
+    context["ti"].run_id = "special numbers"
+    script = """echo '{"chi2": NaN, "fit": {"slope": [-Infinity, 1e999, 1.5]}}' > result.json"""
+    done = job_operator(script, result_file="result.json", deferrable=False).execute(context)
+    assert done["result"] == {"chi2": "NaN", "fit": {"slope": ["-Infinity", "Infinity", 1.5]}}
+    # As Airflow's client sends them.
+    json.dumps([done, context["ti"].xcoms], allow_nan=False)
+
+
 def test_files_that_are_not_there_are_missed(jobs: JobClient, context: dict[str, Any], tmp_path: Path) -> None:
     context["ti"].run_id = "files"
     operator = job_operator("true", output_files=["*.h5"], output_folder=str(tmp_path), deferrable=False)

@@ -30,7 +30,8 @@ from lclstream_airflow.operators.session import (
 from lclstream_airflow.sensors.session import SessionEndSensor
 
 PROGRAM = f"""#!/bin/sh
-exec {sys.executable} -m lclstream.cli session -- sh -c 'case $LCLSTREAM_RUN in 1) ;; 2) exit 4;; *) sleep 60;; esac'
+exec {sys.executable} -m lclstream.cli session -- sh -c 'case $LCLSTREAM_RUN in
+  1) ;; 2) exit 4;; 5) echo "{{\\"chi2\\": NaN, \\"slope\\": -Infinity}}" > result.json;; *) sleep 60;; esac'
 """
 
 
@@ -59,7 +60,8 @@ def waited(operator: Any, context: dict[str, Any]) -> Any:
     async def first() -> Any:
         return (await anext(trigger.run())).payload
 
-    return operator.execute_complete(context, json.loads(json.dumps(asyncio.run(first()))))
+    # Airflow's database takes only JSON as the standard has it.
+    return operator.execute_complete(context, json.loads(json.dumps(asyncio.run(first()), allow_nan=False)))
 
 
 def stream(job: str, run: str, **arguments: Any) -> SessionStreamOperator:
@@ -108,6 +110,9 @@ def test_a_stream_is_analysed_or_its_failure_is_told(
     assert context["ti"].xcoms["job_id"] == session
     with pytest.raises(AirflowFailException, match=r"analysis of r-2 in session .* is failed \(exit code 4\)"):
         waited(stream(session, "2"), context)
+    # Numbers that JSON does not know arrive as text.
+    assert waited(stream(session, "5"), context)["result"] == {"chi2": "NaN", "slope": "-Infinity"}
+    json.dumps(context["ti"].xcoms, allow_nan=False)
     # Killed, only this analysis ends.
     long = stream(session, "3")
     with pytest.raises(TaskDeferred) as deferral:

@@ -276,6 +276,13 @@ def test_a_missing_result_is_explained(nersc: Any, task: dict[str, Any]) -> None
         operator(nersc, "true", result_file="nothing.json").execute(task)
 
 
+def test_numbers_that_json_does_not_know_become_text(nersc: Any, task: dict[str, Any]) -> None:
+    body = """echo '{"chi2": NaN, "slope": -Infinity, "events": 7}' > special.json"""
+    done = operator(nersc, body, result_file="special.json").execute(task)
+    assert done["result"] == {"chi2": "NaN", "slope": "-Infinity", "events": 7}
+    json.dumps([done, task["ti"].xcoms], allow_nan=False)
+
+
 def test_the_test_button_says_who_answers(nersc: Any) -> None:
     good, words = SuperfacilityHook().test_connection()
     assert good, words
