@@ -15,9 +15,9 @@ from enum import StrEnum
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from airflow.sdk.exceptions import AirflowException, AirflowFailException
+from airflow.sdk.exceptions import AirflowException
 
-from lclstream_airflow.hooks.patience import CredentialsError, PeerError, ServiceError, UnreachableError, insist
+from lclstream_airflow.hooks.patience import PeerError, ServiceError, UnreachableError, insist
 from lclstream_airflow.hooks.results import read_json
 from lclstream_airflow.hooks.superfacility import (
     FacilityJob,
@@ -27,6 +27,7 @@ from lclstream_airflow.hooks.superfacility import (
     SuperfacilityHook,
     directives,
 )
+from lclstream_airflow.hooks.verdict import task_error
 from lclstream_airflow.links import JobLink
 from lclstream_airflow.operators.documents import DocumentError
 from lclstream_airflow.operators.lineage import lineage
@@ -172,10 +173,8 @@ class SuperfacilityOperator(RemoteWorkOperator):
             self.prepare(context)
             machine = self._where()
             standing = insist(lambda: self.hook.call(lambda client: client.standing(machine)), limit_s=START_PATIENCE_S)
-        except (DocumentError, CredentialsError, ValueError) as error:
-            raise AirflowFailException(str(error)) from error
-        except PeerError as error:
-            self._raise(error)
+        except (PeerError, ValueError) as error:
+            raise task_error(error) from error
         for note in standing.notes:
             self.log.info("%s: %s", machine, note)
         if standing.takes_jobs:

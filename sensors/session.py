@@ -124,7 +124,7 @@ class SessionEndSensor(PollingSensor):
 
         try:
             insist(cancel, limit_s=KILL_PATIENCE_S)
-        except PeerError as error:
+        except (PeerError, ValueError) as error:
             self.log.error("job %s could not be cancelled: %s", self.job_id, error)
 
     def _ends_at(self) -> float | None:

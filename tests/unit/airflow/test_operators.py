@@ -271,6 +271,31 @@ def test_what_is_wrong_fails_before_anything_starts(
     assert transfers.transfers == {}
 
 
+@pytest.mark.parametrize("missing", ["connection", "folder"])
+def test_a_worker_without_connection_or_certificates_is_tried_again(
+    transfers: Any, context: dict[str, Any], connection: Callable[..., None], missing: str
+) -> None:
+    arguments = {"lclstream_conn_id": "nobody"}
+    if missing == "folder":
+        connection("nobody", "lclstream", transfers.url, "/nowhere")
+    sensor = NNGBufferSensor(task_id="flowing", transfer_id=1, until="flowing", **arguments)
+    for task in (transfer_operator(**arguments), sensor):
+        with pytest.raises(AirflowException, match=r"'nobody' is not defined|folder /nowhere does not exist") as caught:
+            task.execute(context)
+        # Airflow says so also while its database cannot be asked, and a folder may not be mounted yet.
+        assert not isinstance(caught.value, AirflowFailException)
+
+
+def test_a_good_job_is_not_failed_for_good_while_certificates_are_away(
+    jobs: JobClient, context: dict[str, Any], connection: Callable[..., None], job_service: str
+) -> None:
+    connection("psik_default", "psik", job_service, "/nowhere")
+    event = {"status": "reached", "remote_id": "1.1", "message": "job 1.1 is completed", "facts": {}}
+    with pytest.raises(AirflowException, match="folder /nowhere does not exist") as caught:
+        job_operator("true", result_file="result.json").execute_complete(context, event)
+    assert not isinstance(caught.value, AirflowFailException)
+
+
 def test_a_stream_is_ended_by_its_own_operator(transfers: Any, context: dict[str, Any]) -> None:
     transfers.add().phase = TransferPhase.producing
     assert LCLStreamCancelOperator(task_id="cancel", transfer_id="1").execute(context) == 1
