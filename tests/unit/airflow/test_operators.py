@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from airflow.sdk.exceptions import (
     TaskDeferralTimeout,
     TaskDeferred,
 )
+from airflow.sdk.module_loading import import_string
 
 from lclstream.api.models import TransferPhase
 from lclstream.jobs.client import JobClient
@@ -331,6 +333,17 @@ def test_the_sensor_waits_in_the_triggerer(transfers: Any, context: dict[str, An
     deferral = deferred(NNGBufferSensor(task_id="flow", transfer_id="1", until="flowing", lease_s="120"), context)
     arguments = deferral.trigger.serialize()[1]
     assert (arguments["until"], arguments["lease_s"], arguments["on_kill_policy"]) == ("flowing", 120.0, "leave")
+
+
+@pytest.mark.parametrize(("policy", "phase"), [("cancel", TransferPhase.canceled), ("leave", TransferPhase.producing)])
+def test_a_kill_before_the_first_message_follows_the_sensors_policy(
+    transfers: Any, context: dict[str, Any], policy: str, phase: TransferPhase
+) -> None:
+    transfers.add().phase = TransferPhase.producing
+    sensor = NNGBufferSensor(task_id="data_flowing", transfer_id=1, until="flowing", on_kill_policy=policy)
+    path, arguments = deferred(sensor, context).trigger.serialize()
+    asyncio.run(import_string(path)(**arguments).on_kill())
+    assert transfers.transfers[1].phase is phase
 
 
 def test_the_sensor_waits_in_the_worker_and_keeps_the_lease(transfers: Any, context: dict[str, Any]) -> None:
