@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lclstream_airflow.hooks.patience import ServiceError, insist
+from lclstream_airflow.hooks.patience import PeerError, ServiceError, insist
 from lclstream_airflow.hooks.psik import JobClient, JobSpec, JobState, PsikHook, has_no_lease
 from lclstream_airflow.hooks.results import read_json
 from lclstream_airflow.links import JobLink
@@ -235,7 +235,11 @@ class PsikOperator(RemoteWorkOperator):
         return lineage([(url, "stream")], [("file", path) for path in kept.get("files", [])])
 
     def _show_tail(self, client: JobClient, job_id: str) -> None:
-        self._show(client.logs(job_id, offset=-_TAIL_BYTES))
+        try:
+            self._show(client.logs(job_id, offset=-_TAIL_BYTES))
+        except (PeerError, ValueError) as error:
+            # It is for people; a good job's results do not depend on it.
+            self.log.warning("The log of job %s cannot be shown: %s", job_id, error)
 
     def _show(self, logs: Mapping[str, str]) -> None:
         for name in sorted(logs):

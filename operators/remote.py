@@ -32,6 +32,7 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException, TaskD
 
 from lclstream_airflow.hooks.patience import PeerError, ServiceError, insist
 from lclstream_airflow.hooks.verdict import task_error
+from lclstream_airflow.operators.documents import DocumentError
 from lclstream_airflow.triggers.polling import PATIENCE_S, OnKill, PollingTrigger, WaitStatus
 
 if TYPE_CHECKING:
@@ -206,9 +207,12 @@ class RemoteWorkOperator(BaseOperator):
             self.prepare(context)
             # Wrong arguments of the trigger must show before anything runs.
             self.trigger(0, time.time()).serialize()
-            remote = self._start_or_find(context)
         except (PeerError, ValueError) as error:
             raise task_error(error) from error
+        try:
+            remote = self._start_or_find(context)
+        except (PeerError, ValueError) as error:
+            raise task_error(error, checked=not isinstance(error, DocumentError)) from error
         try:
             return self._await(context, remote.id)
         except Exception:
@@ -283,7 +287,8 @@ class RemoteWorkOperator(BaseOperator):
             try:
                 result = self.finish(context, remote_id, event["facts"])
             except (PeerError, ValueError) as error:
-                raise task_error(error, f"{event['message']}, but {error}") from error
+                checked = not isinstance(error, DocumentError)
+                raise task_error(error, f"{event['message']}, but {error}", checked=checked) from error
             self._forget(context, succeeded=remote_id)
             return result
         if status is not WaitStatus.ENDED:

@@ -16,9 +16,11 @@ from airflow.sdk.exceptions import (
 )
 from airflow.sdk.module_loading import import_string
 
+from lclstream.api.client import TransferClient
 from lclstream.api.models import TransferPhase
 from lclstream.jobs.client import JobClient
 from lclstream.jobs.models import JobState
+from lclstream.security.errors import ServiceError
 from lclstream_airflow.operators import remote
 from lclstream_airflow.operators.lclstream import LCLStreamCancelOperator, LCLStreamTransferOperator
 from lclstream_airflow.operators.psik import PsikOperator
@@ -286,6 +288,35 @@ def test_a_worker_without_connection_or_certificates_is_tried_again(
             task.execute(context)
         # Airflow says so also while its database cannot be asked, and a folder may not be mounted yet.
         assert not isinstance(caught.value, AirflowFailException)
+
+
+def test_an_answer_that_is_no_services_of_ours_is_no_reason_to_give_up(
+    transfers: Any, jobs: JobClient, context: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def odd(*_: Any, **__: Any) -> Any:
+        return json.loads("<h1>Back soon</h1>")
+
+    monkeypatch.setattr(TransferClient, "request", odd)
+    monkeypatch.setattr(JobClient, "files", odd)
+    event = {"status": "reached", "remote_id": "1.1", "message": "job 1.1 is completed", "facts": {}}
+    with pytest.raises(AirflowException, match="Expecting value") as asked:
+        transfer_operator().execute(context)
+    keeps = job_operator("true", output_files=["*"], output_folder=str(tmp_path))
+    with pytest.raises(AirflowException, match="is completed, but Expecting value") as fetched:
+        keeps.execute_complete(context, event)
+    assert not any(isinstance(caught.value, AirflowFailException) for caught in (asked, fetched))
+
+
+def test_a_log_that_cannot_be_shown_does_not_fail_a_good_job(
+    jobs: JobClient, context: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> Any:
+        raise ServiceError("no such route", status=404, detail="")
+
+    monkeypatch.setattr(JobClient, "logs", refused)
+    context["ti"].run_id = "no log"
+    done = job_operator("echo '{}' > result.json", result_file="result.json", follow_log=False, deferrable=False)
+    assert done.execute(context)["state"] == "completed"
 
 
 def test_a_good_job_is_not_failed_for_good_while_certificates_are_away(

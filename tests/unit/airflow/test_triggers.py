@@ -18,9 +18,10 @@ from airflow.sdk.module_loading import import_string
 from fastapi import Response
 
 from lclstream.api.models import TransferPhase
-from lclstream.jobs.client import JobClient
+from lclstream.jobs.client import AsyncJobClient, JobClient
 from lclstream.jobs.models import JobSpec, JobState
 from lclstream.security.credentials import Credentials
+from lclstream.security.errors import ServiceError
 from lclstream_airflow.triggers import polling
 from lclstream_airflow.triggers.lclstream import LCLStreamTransferTrigger
 from lclstream_airflow.triggers.polling import PollingTrigger
@@ -352,6 +353,18 @@ def test_a_flood_of_output_is_cut_short(jobs: JobClient, capsys: pytest.CaptureF
     assert "bytes are only in the job's own log" in text
     assert "[stdout.1] 200000" in text
     assert len(text) < 1_000_000
+
+
+def test_a_log_that_cannot_be_read_does_not_end_the_wait_for_its_job(
+    jobs: JobClient, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def broken(*_: Any) -> Any:
+        raise ServiceError("the log's disk is broken", status=500, detail="")
+
+    monkeypatch.setattr(AsyncJobClient, "log_part", broken)
+    job = jobs.submit(JobSpec(script="#!/bin/sh\nexec sleep 1"))
+    assert first_event(job_trigger(job, patience_s=0.1))["status"] == "reached"
+    assert capsys.readouterr().out.count("the log's disk is broken") == 1
 
 
 def test_a_failed_job_has_ended(jobs: JobClient) -> None:
