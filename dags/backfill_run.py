@@ -17,6 +17,9 @@ It differs from `stream_run` in that nothing is live: the run's files have to be
 lclstream backfill mfxx49820 100..150,160 --parameters backfill.yaml --max-active 4
 ```
 
+To stop everything: mark the DAG run failed. The job and the transfer are cancelled within seconds. So is the transfer
+when somebody marks `data_flowing` or `stream_complete`, also as success: they stand for the stream.
+
 Parameters are those of `stream_run`, and `prefix` (of the run parameters), `pattern` and `least_files` (what is waited
 for).
 """
@@ -140,7 +143,9 @@ with DAG(
         transfer_id=TRANSFER,
         until="flowing",
         lease_s=LEASE_S,
-        timeout=timedelta(hours=1),
+        timeout=timedelta(hours=3),
+        # Until the first message it stands for the stream: `cancel_stream` does not run in a DAG run marked failed.
+        on_kill_policy="cancel",
         pool="lclstream_archive",
         # A stream that has begun keeps its slot before another one begins.
         priority_weight=10,

@@ -31,7 +31,8 @@ lclstream consume run-summary --url "$LCLSTREAM_URL" --output-dir .
 
 The numbers and texts in the `result.json` that it writes become run parameters; `report`, a list of names, chooses.
 
-To stop everything: mark the DAG run failed. The job and the transfer are cancelled within seconds. To do it again:
+To stop everything: mark the DAG run failed. The job and the transfer are cancelled within seconds. So is the transfer
+when somebody marks `data_flowing` or `stream_complete`, also as success: they stand for the stream. To do it again:
 clear the DAG run. If Airflow dies altogether, the transfer ends by itself when its lease does.
 """
 
@@ -139,7 +140,9 @@ with DAG(
         transfer_id=TRANSFER,
         until="flowing",
         lease_s=LEASE_S,
-        timeout=timedelta(hours=1),
+        timeout=timedelta(hours=3),
+        # Until the first message it stands for the stream: `cancel_stream` does not run in a DAG run marked failed.
+        on_kill_policy="cancel",
         pool="lclstream_streams",
         # A stream that has begun keeps its slot before another one begins.
         priority_weight=10,

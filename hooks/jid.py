@@ -17,7 +17,7 @@ from airflow.sdk.log import mask_secret
 from lclstream.jobs.interface import LIVE, SLAC_PREFIX, SLAC_URL, JobInterfaceClient
 from lclstream.security.errors import CredentialsError
 from lclstream_airflow.hooks.blocking import in_own_loop
-from lclstream_airflow.hooks.service import ConnectionDefinitionError
+from lclstream_airflow.hooks.service import ConnectionDefinitionError, UndefinedConnectionError
 
 if TYPE_CHECKING:
     from airflow.sdk import Connection
@@ -143,8 +143,8 @@ class JobInterfaceHook(BaseHook):
             raise self._wrong("token_file (extra)", file, "the absolute path of a file with the token")
         return _Place(url + prefix.rstrip("/"), Path(file).expanduser() if file else None)
 
-    def _undefined(self) -> ConnectionDefinitionError:
-        return ConnectionDefinitionError(
+    def _undefined(self) -> UndefinedConnectionError:
+        return UndefinedConnectionError(
             f"connection {self.conn_id!r} is not defined: add one of type {self.conn_type!r} (Admin, Connections)"
         )
 

@@ -57,15 +57,16 @@ class Patience:
         self._failures = 0
         self._proven = True
 
-    def pause_after(self, error: PeerError) -> float | None:
-        """Seconds to wait before the next try, or None: give up.
+    def pause_after(self, error: Exception) -> float | None:
+        """Seconds to wait before the next try, or None: give up. What is no `PeerError` may always pass.
 
         A refused certificate is given up at once, unless an earlier call was accepted: a service that is being
         restarted drops connections in the same way as one that does not like our certificate.
         """
-        transient = error.retry or (self._proven and isinstance(error, AuthenticationError))
-        if not transient:
-            return None
+        if isinstance(error, PeerError):
+            transient = error.retry or (self._proven and isinstance(error, AuthenticationError))
+            if not transient:
+                return None
         now = self._clock()
         self._since = now if self._since is None else self._since
         if now - self._since >= self.limit_s:

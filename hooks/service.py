@@ -24,6 +24,10 @@ class ConnectionDefinitionError(ValueError):
     """An Airflow connection is not there, or lacks a field; the message names both and the remedy."""
 
 
+class UndefinedConnectionError(ConnectionDefinitionError):
+    """Airflow knows no such connection, or cannot be asked for it: it makes no difference between the two."""
+
+
 @dataclass(frozen=True)
 class Endpoint:
     """Where a service is, and who we are there.
@@ -63,7 +67,7 @@ class ServiceHook(BaseHook):
         """What the connection says.
 
         Raises:
-            ConnectionDefinitionError: it lacks something.
+            ConnectionDefinitionError: it lacks something, or is not there.
             CredentialsError: the certificate folder cannot be used.
         """
         if self._endpoint is None:
@@ -122,8 +126,8 @@ class ServiceHook(BaseHook):
             )
         return folder
 
-    def _undefined(self) -> ConnectionDefinitionError:
-        return ConnectionDefinitionError(
+    def _undefined(self) -> UndefinedConnectionError:
+        return UndefinedConnectionError(
             f"connection {self.conn_id!r} is not defined: add one of type {self.conn_type!r} (Admin, Connections)"
         )
 

@@ -14,7 +14,7 @@ from airflow.sdk.exceptions import AirflowNotFoundException, AirflowOptionalProv
 
 from lclstream.jobs.sbatch import SbatchOptionError, directives
 from lclstream_airflow.hooks.blocking import in_own_loop
-from lclstream_airflow.hooks.service import ConnectionDefinitionError
+from lclstream_airflow.hooks.service import ConnectionDefinitionError, UndefinedConnectionError
 
 try:
     from lclstream.superfacility.client import (
@@ -184,8 +184,8 @@ class SuperfacilityHook(BaseHook):
             raise self._wrong(f"{name} (extra)", value, "a text")
         return value or ""
 
-    def _undefined(self) -> ConnectionDefinitionError:
-        return ConnectionDefinitionError(
+    def _undefined(self) -> UndefinedConnectionError:
+        return UndefinedConnectionError(
             f"connection {self.conn_id!r} is not defined: add one of type {self.conn_type!r} (Admin, Connections)"
         )
 

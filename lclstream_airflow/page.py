@@ -39,7 +39,8 @@ app = FastAPI(title="LCLStream", docs_url=None, redoc_url=None, openapi_url=None
 @app.get(
     "/",
     response_class=HTMLResponse,
-    dependencies=[Depends(requires_access_dag("GET", DagAccessEntity.RUN))],
+    # Without a DAG Airflow would take `dag_id` of the query, and show everybody's to who may read that one.
+    dependencies=[Depends(requires_access_dag("GET", DagAccessEntity.RUN, param_dag_id="~"))],
 )
 def transfers(
     connection: str = Query(LCLStreamHook.default_conn_name), jobs: str = Query(PsikHook.default_conn_name)

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from airflow.sdk import BaseOperator, XComArg
-from airflow.sdk.exceptions import AirflowException, AirflowFailException
+from airflow.sdk.exceptions import AirflowFailException
 
 from lclstream_airflow.hooks.elog import ElogError, ElogHook, run_number
-from lclstream_airflow.hooks.patience import PeerError, ServiceError, insist
+from lclstream_airflow.hooks.patience import PeerError, insist
+from lclstream_airflow.hooks.verdict import task_error
 from lclstream_airflow.links import RunLink
 from lclstream_airflow.operators.lineage import announce, lineage
 from lclstream_airflow.operators.remote import START_PATIENCE_S
@@ -124,12 +125,10 @@ class ElogOperator(BaseOperator):
                 insist(lambda: self._write(hook, parameters), limit_s=START_PATIENCE_S)
             if (self.comment or "").strip():
                 insist(lambda: self._say(hook), limit_s=START_PATIENCE_S)
-        except (ElogError, ValueError) as error:
+        except ElogError as error:
             raise AirflowFailException(str(error)) from error
-        except PeerError as error:
-            if isinstance(error, ServiceError) and not error.retry:
-                raise AirflowFailException(str(error)) from error
-            raise AirflowException(str(error)) from error
+        except (PeerError, ValueError) as error:
+            raise task_error(error) from error
         if not self._is_without_run():
             files = _list_of_texts("files", self.files)
             announce(self, context, self.experiment, {"run": self.run, "parameters": parameters, "files": files})

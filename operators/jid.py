@@ -19,7 +19,7 @@ from airflow.sdk.log import mask_secret
 from lclstream_airflow.hooks.jid import JobInterfaceHook
 from lclstream_airflow.hooks.patience import ServiceError
 from lclstream_airflow.hooks.psik import PsikHook
-from lclstream_airflow.hooks.service import ConnectionDefinitionError
+from lclstream_airflow.hooks.service import ConnectionDefinitionError, UndefinedConnectionError
 from lclstream_airflow.operators.documents import DocumentError
 from lclstream_airflow.operators.psik import LONGEST_RESULT
 from lclstream_airflow.operators.remote import Progress, Remote
@@ -136,7 +136,7 @@ class JIDSlurmOperator(SlurmOperator):
         try:
             kind = BaseHook.get_connection(self.job_conn_id).conn_type
         except AirflowNotFoundException as error:
-            raise ConnectionDefinitionError(
+            raise UndefinedConnectionError(
                 f"connection {self.job_conn_id!r} is not defined: add one of type 'psik' or 'jid' (Admin, Connections)"
             ) from error
         if kind not in (PsikHook.conn_type, JobInterfaceHook.conn_type):

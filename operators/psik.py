@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lclstream_airflow.hooks.patience import ServiceError, insist
+from lclstream_airflow.hooks.patience import PeerError, ServiceError, insist
 from lclstream_airflow.hooks.psik import JobClient, JobSpec, JobState, PsikHook, has_no_lease
+from lclstream_airflow.hooks.results import read_json
 from lclstream_airflow.links import JobLink
 from lclstream_airflow.operators.documents import DocumentError, load_document
 from lclstream_airflow.operators.lineage import lineage
@@ -43,7 +43,7 @@ class PsikOperator(RemoteWorkOperator):
         comes from elsewhere (in the script: ``"$NAME"``)
     :param input_files: files to put into the job's folder before it starts: name there → absolute path on the worker
     :param result_file: a JSON object that the job writes in its folder; it becomes ``result``. At most 48 kB: facts,
-        not data. None: no result is expected
+        not data. NaN and infinity become text. None: no result is expected
     :param output_files: patterns such as ``*.png`` of files in the job's folder to keep
     :param output_folder: where on the worker they are kept; needed with `output_files`
     :param follow_log: copy what the job prints into the task's log while it runs (our job service only)
@@ -235,7 +235,11 @@ class PsikOperator(RemoteWorkOperator):
         return lineage([(url, "stream")], [("file", path) for path in kept.get("files", [])])
 
     def _show_tail(self, client: JobClient, job_id: str) -> None:
-        self._show(client.logs(job_id, offset=-_TAIL_BYTES))
+        try:
+            self._show(client.logs(job_id, offset=-_TAIL_BYTES))
+        except (PeerError, ValueError) as error:
+            # It is for people; a good job's results do not depend on it.
+            self.log.warning("The log of job %s cannot be shown: %s", job_id, error)
 
     def _show(self, logs: Mapping[str, str]) -> None:
         for name in sorted(logs):
@@ -258,7 +262,7 @@ class PsikOperator(RemoteWorkOperator):
                 "facts in the result file"
             )
         try:
-            result = json.loads(data)
+            result = read_json(data)
         except ValueError as error:
             raise DocumentError(f"its {name} is not JSON: {error}") from error
         if not isinstance(result, dict):

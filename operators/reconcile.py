@@ -30,11 +30,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from airflow.sdk import BaseOperator
-from airflow.sdk.exceptions import AirflowException, AirflowFailException
+from airflow.sdk.exceptions import AirflowException
 
 from lclstream_airflow.hooks.lclstream import LCLStreamHook
 from lclstream_airflow.hooks.patience import PeerError, insist
 from lclstream_airflow.hooks.psik import PsikHook
+from lclstream_airflow.hooks.verdict import task_error
 from lclstream_airflow.operators.remote import START_PATIENCE_S, installation
 from lclstream_airflow.triggers.polling import OnKill
 
@@ -153,7 +154,7 @@ class ReconcileOperator(BaseOperator):
                 away = sorted({*away, *away_now})
                 orphans = [one for one in still if one in orphans and self._judge(ti, one) is Verdict.ORPHAN]
         except ValueError as error:
-            raise AirflowFailException(str(error)) from error
+            raise task_error(error) from error
         done = {one: self._end(one) for one in orphans}
         report = _table(done) if done else ""
         self.log.info("%s", report or f"No orphans among {len(work)} transfers and jobs under way")
@@ -224,7 +225,7 @@ class ReconcileOperator(BaseOperator):
             return "not ended: only a report was wanted"
         try:
             insist(partial(_cancel, work), limit_s=START_PATIENCE_S)
-        except PeerError as error:
+        except (PeerError, ValueError) as error:
             self.log.error("%s %s could not be ended: %s", work.kind.value, work.id, error)
             return "could not be ended"
         return _ENDED

@@ -24,13 +24,14 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal
 
 from airflow.sdk import BaseOperator
 from airflow.sdk.configuration import conf
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, TaskDeferralError, TaskDeferralTimeout
 
-from lclstream_airflow.hooks.patience import CredentialsError, PeerError, ServiceError, insist
+from lclstream_airflow.hooks.patience import PeerError, ServiceError, insist
+from lclstream_airflow.hooks.verdict import task_error
 from lclstream_airflow.operators.documents import DocumentError
 from lclstream_airflow.triggers.polling import PATIENCE_S, OnKill, PollingTrigger, WaitStatus
 
@@ -206,11 +207,12 @@ class RemoteWorkOperator(BaseOperator):
             self.prepare(context)
             # Wrong arguments of the trigger must show before anything runs.
             self.trigger(0, time.time()).serialize()
+        except (PeerError, ValueError) as error:
+            raise task_error(error) from error
+        try:
             remote = self._start_or_find(context)
-        except (DocumentError, CredentialsError, ValueError) as error:
-            raise AirflowFailException(str(error)) from error
-        except PeerError as error:
-            self._raise(error)
+        except (PeerError, ValueError) as error:
+            raise task_error(error, checked=not isinstance(error, DocumentError)) from error
         try:
             return self._await(context, remote.id)
         except Exception:
@@ -284,10 +286,9 @@ class RemoteWorkOperator(BaseOperator):
         if status is WaitStatus.REACHED:
             try:
                 result = self.finish(context, remote_id, event["facts"])
-            except (DocumentError, ValueError) as error:
-                raise AirflowFailException(f"{event['message']}, but {error}") from error
-            except PeerError as error:
-                self._raise(error)
+            except (PeerError, ValueError) as error:
+                checked = not isinstance(error, DocumentError)
+                raise task_error(error, f"{event['message']}, but {error}", checked=checked) from error
             self._forget(context, succeeded=remote_id)
             return result
         if status is not WaitStatus.ENDED:
@@ -296,7 +297,7 @@ class RemoteWorkOperator(BaseOperator):
         more = ""
         try:
             more = self.explain(remote_id)
-        except PeerError as error:
+        except (PeerError, ValueError) as error:
             self.log.warning("Nothing more is known about %s: %s", remote_id, error)
         if status is WaitStatus.ENDED and not self.retry_failed_work:
             raise AirflowFailException(f"{event['message']}{more}")
@@ -324,7 +325,7 @@ class RemoteWorkOperator(BaseOperator):
             if self._remote_id is None and self._key is not None:
                 # Killed between asking for the work and the answer: the key says what it was.
                 self._remote_id = insist(lambda: self.start(self._key or ""), limit_s=KILL_PATIENCE_S).id
-        except PeerError as error:
+        except (PeerError, ValueError) as error:
             self.log.error("What was started under %s is not known and cannot be cancelled: %s", self._key, error)
         if self._remote_id is not None:
             self._cancel_quietly(self._remote_id, KILL_PATIENCE_S)
@@ -360,10 +361,3 @@ class RemoteWorkOperator(BaseOperator):
             if succeeded is not None:
                 store.set(_SUCCESS_KEY, {"id": succeeded, "max_tries": context["ti"].max_tries})
             store.delete(_STATE_KEY)
-
-    @staticmethod
-    def _raise(error: PeerError) -> NoReturn:
-        """As an error of Airflow that says whether trying again makes sense."""
-        if isinstance(error, ServiceError) and not error.retry:
-            raise AirflowFailException(str(error)) from error
-        raise AirflowException(str(error)) from error

@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from airflow.sdk import BaseOperator
-from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
+from airflow.sdk.exceptions import AirflowSkipException
 
 from lclstream_airflow.hooks.patience import PeerError, insist
 from lclstream_airflow.hooks.psik import JobState, PsikHook
+from lclstream_airflow.hooks.verdict import task_error
 from lclstream_airflow.links import JobLink
 from lclstream_airflow.operators.documents import DocumentError
 from lclstream_airflow.operators.psik import PsikOperator
@@ -82,6 +83,7 @@ class FindSessionOperator(BaseOperator):
             AirflowSkipException: no session of that name has nodes, or the service that knows cannot be asked: a stream
                 must not wait for it.
             AirflowFailException: the connection is wrong.
+            AirflowException: there is no connection or no certificate; `retries` may help.
         """
         hook = PsikHook(self.psik_conn_id)
         try:
@@ -89,7 +91,7 @@ class FindSessionOperator(BaseOperator):
         except PeerError as error:
             raise AirflowSkipException(f"whether session {self.session!r} is open is not known: {error}") from error
         except ValueError as error:
-            raise AirflowFailException(str(error)) from error
+            raise task_error(error) from error
         open_now = [job for job in found if job.state is JobState.active]
         if not open_now:
             raise AirflowSkipException(f"no session {self.session!r} has nodes now")

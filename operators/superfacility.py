@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import fnmatch
 import hashlib
-import json
 import os
 import re
 import shlex
@@ -16,9 +15,10 @@ from enum import StrEnum
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from airflow.sdk.exceptions import AirflowException, AirflowFailException
+from airflow.sdk.exceptions import AirflowException
 
-from lclstream_airflow.hooks.patience import CredentialsError, PeerError, ServiceError, UnreachableError, insist
+from lclstream_airflow.hooks.patience import PeerError, ServiceError, UnreachableError, insist
+from lclstream_airflow.hooks.results import read_json
 from lclstream_airflow.hooks.superfacility import (
     FacilityJob,
     MachineStanding,
@@ -27,6 +27,7 @@ from lclstream_airflow.hooks.superfacility import (
     SuperfacilityHook,
     directives,
 )
+from lclstream_airflow.hooks.verdict import task_error
 from lclstream_airflow.links import JobLink
 from lclstream_airflow.operators.documents import DocumentError
 from lclstream_airflow.operators.lineage import lineage
@@ -83,7 +84,7 @@ class SuperfacilityOperator(RemoteWorkOperator):
         from elsewhere. They are part of the script that is sent: no secrets
     :param input_files: files to put into `folder` before the job is submitted: name there → absolute path on the worker
     :param result_file: a JSON object that the job writes in `folder`; it becomes ``result``. At most 48 kB: facts, not
-        data. None: no result is expected
+        data. NaN and infinity become text. None: no result is expected
     :param output_files: patterns such as ``*.png`` of files in `folder` to keep
     :param output_folder: where on the worker they are kept; needed with `output_files`
     :param follow_log: copy what the job prints into the task's log while it runs, as long as it is below 1 MiB
@@ -172,10 +173,8 @@ class SuperfacilityOperator(RemoteWorkOperator):
             self.prepare(context)
             machine = self._where()
             standing = insist(lambda: self.hook.call(lambda client: client.standing(machine)), limit_s=START_PATIENCE_S)
-        except (DocumentError, CredentialsError, ValueError) as error:
-            raise AirflowFailException(str(error)) from error
-        except PeerError as error:
-            self._raise(error)
+        except (PeerError, ValueError) as error:
+            raise task_error(error) from error
         for note in standing.notes:
             self.log.info("%s: %s", machine, note)
         if standing.takes_jobs:
@@ -367,7 +366,7 @@ class SuperfacilityOperator(RemoteWorkOperator):
                 "facts in the result file"
             )
         try:
-            result = json.loads(data)
+            result = read_json(data)
         except ValueError as error:
             raise DocumentError(f"its {name} is not JSON: {error}") from error
         if not isinstance(result, dict):

@@ -94,7 +94,7 @@ class NNGBufferSensor(PollingSensor):
 
         try:
             insist(cancel, limit_s=KILL_PATIENCE_S)
-        except PeerError as error:
+        except (PeerError, ValueError) as error:
             self.log.error("transfer %s could not be ended: %s", self.transfer_id, error)
 
     def trigger(self, deadline: float) -> LCLStreamTransferTrigger:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from airflow.sdk import BaseSensorOperator, PokeReturnValue
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
+from lclstream_airflow.hooks.verdict import task_error
 from lclstream_airflow.triggers.polling import PATIENCE_S, PollingTrigger, WaitStatus
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class PollingSensor(BaseSensorOperator):
             self.record_link(context)
             trigger = self.trigger(time.time() + self.timeout)
         except ValueError as error:
-            raise AirflowFailException(str(error)) from error
+            raise task_error(error) from error
         if not self.deferrable:
             return super().execute(context)
         backstop = self.timeout + self.patience_s + _BACKSTOP_S

@@ -32,7 +32,7 @@ class SessionEndSensor(PollingSensor):
     :param hours: how long it lasts from this task's begin; None or empty: until something else ends it
     :param ends_at: when it ends, an ISO 8601 time; the earlier of both counts
     :param experiment: whose logbook is read
-    :param tag: an entry with this tag ends it; empty: none does
+    :param tag: an entry with this tag ends it; empty: none does. While the logbook is away the session goes on
     :param lease_s: each look moves the end of the job's lease to that many seconds from then
     :param on_kill_policy: ``"leave"`` (default): a later task ends the job; ``"cancel"``: a kill cancels it. Marking
         the task as success is a kill, too
@@ -88,6 +88,9 @@ class SessionEndSensor(PollingSensor):
             raise ValueError("job_id is empty: it says which session to keep")
         if self.tag and not self.experiment:
             raise ValueError("experiment is empty: it says in whose logbook the tag is looked for")
+        if self.tag:
+            # While it waits no problem of the logbook ends the session: a wrong connection must show now.
+            ElogHook(self.elog_conn_id).endpoint()
         # A try that begins anew must not forget the entries since the session's begin.
         started = getattr(context.get("dag_run"), "start_date", None)
         self._since = started.timestamp() if started is not None else time.time()
@@ -121,7 +124,7 @@ class SessionEndSensor(PollingSensor):
 
         try:
             insist(cancel, limit_s=KILL_PATIENCE_S)
-        except PeerError as error:
+        except (PeerError, ValueError) as error:
             self.log.error("job %s could not be cancelled: %s", self.job_id, error)
 
     def _ends_at(self) -> float | None:

@@ -64,7 +64,8 @@ class ElogRunTrigger(PollingTrigger):
             return await self.ask(client)
         except ElogError as error:
             if not error.errormsg:
-                raise
+                # Not the logbook's words: a proxy in its place, say, while it is restarted.
+                raise ValueError(str(error)) from error
             return event(WaitStatus.ENDED, self.remote_id, str(error), {})
 
     async def ask(self, client: AsyncElogClient) -> dict[str, Any] | None:

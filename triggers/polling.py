@@ -7,7 +7,8 @@ exactly one event. What ends a wait:
 ``reached``     what was waited for is there
 ``ended``       the remote work has ended otherwise, or is not known at the service: it will not come any more
 ``timeout``     the deadline of the task has passed
-``unreachable`` the service was not to be had for too long, or refuses us: what goes on there is UNKNOWN
+``unreachable`` the service was not to be had for too long, or refuses us, or we are not able to ask (no certificates,
+                no connection) for a minute: what goes on there is UNKNOWN
 ==============  ====================================================================================================
 
 Airflow calls `on_kill` when the task was marked or cleared, and does not say which. So the trigger asks for the task's
@@ -37,6 +38,9 @@ from lclstream_airflow.hooks.patience import Patience, PeerError, ServiceError
 
 #: How long a service may be away before a wait is given up, in seconds.
 PATIENCE_S = 600.0
+#: How long a wait goes on without certificates, without Airflow's word on the connection, or with answers that are no
+#: service's of ours, in seconds: a triggerer may start before its mounts and Airflow's database are there.
+UNUSABLE_S = 60.0
 #: How long a trigger tries to cancel; after that the lease has to do it.
 KILL_PATIENCE_S = 20.0
 #: How long Airflow may take to say in which state a task is, in seconds; under load its answers stall.
@@ -145,6 +149,7 @@ class PollingTrigger(BaseTrigger):
 
         Raises:
             PeerError: the look failed; it is repeated if that can help.
+            ValueError: the answer is no service's of ours; it is asked for again, for a minute.
         """
 
     @abstractmethod
@@ -172,26 +177,29 @@ class PollingTrigger(BaseTrigger):
         return await self._look_until_something(once=True)
 
     async def _look_until_something(self, *, once: bool) -> dict[str, Any] | None:
-        patience = Patience(self.patience_s)
+        patience, unusable = Patience(self.patience_s), self._until_unusable()
         while True:
             try:
                 async with await self.connect() as client:
                     while True:
                         payload = await self.look(client)
                         patience.succeeded()
+                        unusable.succeeded()
                         if payload is not None or once:
                             return payload
                         remaining = self.deadline - time.time()
                         if remaining <= 0:
                             return self._timeout()
                         await asyncio.sleep(min(self.poll_interval, remaining))
-            except ValueError as error:
-                # A connection or certificate folder that cannot be used, or an answer that is no service's of ours.
-                return self._event(WaitStatus.UNREACHABLE, f"is in an unknown state: {error}")
-            except PeerError as error:
+            except (PeerError, ValueError, OSError) as error:
                 if isinstance(error, ServiceError) and error.status == 404:
                     return self._event(WaitStatus.ENDED, f"is not known: {error}")
-                pause = patience.pause_after(error)
+                if isinstance(error, PeerError):
+                    pause, unusable = patience.pause_after(error), self._until_unusable()
+                else:
+                    # The worker could use connection and certificates before it deferred: giving up at once would
+                    # cancel good work because a triggerer was restarted.
+                    pause = unusable.pause_after(error)
                 if pause is None:
                     return self._event(WaitStatus.UNREACHABLE, f"is in an unknown state: {error}")
                 # A new connection reads our certificates again: they may have been renewed meanwhile.
@@ -200,6 +208,9 @@ class PollingTrigger(BaseTrigger):
                     await asyncio.sleep(max(0.0, self.deadline - time.time()))
                     return self._timeout()
                 await asyncio.sleep(pause)
+
+    def _until_unusable(self) -> Patience:
+        return Patience(min(self.patience_s, UNUSABLE_S))
 
     def _timeout(self) -> dict[str, Any]:
         return self._event(WaitStatus.TIMEOUT, "took longer than it was given")
@@ -225,11 +236,12 @@ class PollingTrigger(BaseTrigger):
                     await self.cancel(client)
                 self.log.info("%s %s is cancelled", self.what, self.remote_id)
                 return
-            except PeerError as error:
+            except (PeerError, ValueError, OSError) as error:
                 pause = patience.pause_after(error)
                 if pause is None:
                     self.log.error("%s %s could not be cancelled: %s", self.what, self.remote_id, error)
                     return
+                self.log.warning("%s %s: %s; cancelling again in %.1f s", self.what, self.remote_id, error, pause)
                 await asyncio.sleep(pause)
 
     async def _runs_again(self) -> bool:

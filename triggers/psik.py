@@ -117,6 +117,7 @@ class PsikJobTrigger(PollingTrigger):
         self._renewed = -math.inf
         self._follower = LogFollower(str(remote_id), self.log.info)
         self._seen = 0
+        self._unread = False
 
     def arguments(self) -> dict[str, Any]:
         """See :meth:`PollingTrigger.arguments`."""
@@ -139,8 +140,19 @@ class PsikJobTrigger(PollingTrigger):
         if payload is None and self.until == "active" and history and history[-1].state is JobState.active:
             payload = event(WaitStatus.REACHED, job, f"job {job} is active", self._facts)
         if self.follow_log and history:
-            await self._follower.copy(client, history[-1].jobndx, ended=payload is not None)
+            await self._copy_log(client, history[-1].jobndx, ended=payload is not None)
         return payload
+
+    async def _copy_log(self, client: AsyncJobClient, attempt: int, *, ended: bool) -> None:
+        try:
+            await self._follower.copy(client, attempt, ended=ended)
+        except ServiceError as error:
+            # The job's end does not depend on what can be read of it.
+            if not self._unread:
+                self.log.warning("job %s: its log cannot be followed now: %s", self.remote_id, error)
+            self._unread = True
+        else:
+            self._unread = False
 
     async def _renew(self, client: AsyncJobClient, job: str) -> None:
         if self.lease_s is None or time.monotonic() - self._renewed < self.lease_s / _RENEWALS:

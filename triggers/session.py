@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import time
-from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
 
-from lclstream_airflow.hooks.elog import AsyncElogClient, ElogHook
-from lclstream_airflow.hooks.patience import ServiceError
+from lclstream_airflow.hooks.elog import ElogHook
+from lclstream_airflow.hooks.patience import PeerError, ServiceError
 from lclstream_airflow.hooks.psik import AsyncJobClient, JobState
+from lclstream_airflow.hooks.results import read_json
 from lclstream_airflow.triggers.polling import WaitStatus, event
 from lclstream_airflow.triggers.psik import PsikJobTrigger
 
@@ -27,6 +25,8 @@ class SessionEndTrigger(PsikJobTrigger):
     :param experiment: whose logbook
     :param tag: an entry with that tag, written after the session's begin, ends it; empty: none does
     :param since: the session's begin, in seconds since 1970
+
+    A logbook that is away, or knows no such experiment yet, ends nothing: it is asked again.
     """
 
     def __init__(
@@ -45,25 +45,14 @@ class SessionEndTrigger(PsikJobTrigger):
         self.experiment = experiment
         self.tag = tag
         self.since = since
-        self._logbook: AsyncElogClient | None = None
+        self._logbook = ElogHook(elog_conn_id)
         self._asked = 0.0
+        self._unheard = False
 
     def arguments(self) -> dict[str, Any]:
         """See :meth:`PollingTrigger.arguments`."""
         ours = {"elog_conn_id": self.elog_conn_id, "experiment": self.experiment, "tag": self.tag, "since": self.since}
         return {**super().arguments(), **ours, "ends_at": self.ends_at}
-
-    async def connect(self) -> contextlib.AbstractAsyncContextManager[AsyncJobClient]:
-        """A client of the job service, and one of the logbook where that is needed."""
-        return self._clients()
-
-    @contextlib.asynccontextmanager
-    async def _clients(self) -> AsyncIterator[AsyncJobClient]:
-        async with contextlib.AsyncExitStack() as stack:
-            if self.tag:
-                logbook = await ElogHook(self.elog_conn_id).get_async_conn()
-                self._logbook = await stack.enter_async_context(logbook)
-            yield await stack.enter_async_context(await super().connect())
 
     async def look(self, client: AsyncJobClient) -> dict[str, Any] | None:
         """Renew the job's lease, then see whether anything ends the session."""
@@ -72,13 +61,29 @@ class SessionEndTrigger(PsikJobTrigger):
             return payload if payload["status"] == WaitStatus.ENDED else self._over("its job")
         if self.ends_at is not None and time.time() >= self.ends_at:
             return self._over("time")
-        if self._logbook is not None and time.time() - self._asked >= min(_LOGBOOK_EVERY_S, 5 * self.poll_interval):
+        if self.tag and time.time() - self._asked >= min(_LOGBOOK_EVERY_S, 5 * self.poll_interval):
             self._asked = time.time()
-            since = datetime.fromtimestamp(self.since, UTC)
-            for entry in await self._logbook.elog_entries(self.experiment):
-                if self.tag in entry.tags and entry.insert_time is not None and entry.insert_time >= since:
-                    return self._over("the logbook")
+            if await self._logbook_says_so():
+                return self._over("the logbook")
         return None
+
+    async def _logbook_says_so(self) -> bool:
+        """Whether there is such an entry; no trouble with the logbook may take a shift's nodes away."""
+        since = datetime.fromtimestamp(self.since, UTC)
+        try:
+            # A client for each question reads our certificates again: a session outlives them.
+            async with await self._logbook.get_async_conn() as logbook:
+                entries = await logbook.elog_entries(self.experiment)
+        except (PeerError, ValueError) as error:
+            if not self._unheard:
+                words = "whether the logbook ends session %s is not known; it is asked again and again: %s"
+                self.log.warning(words, self.remote_id, error)
+            self._unheard = True
+            return False
+        self._unheard = False
+        return any(
+            self.tag in entry.tags and entry.insert_time is not None and entry.insert_time >= since for entry in entries
+        )
 
     def _over(self, by: str) -> dict[str, Any]:
         facts = {**self._facts, "ended_by": by}
@@ -120,7 +125,7 @@ class AcquisitionTrigger(PsikJobTrigger):
             if error.status == 404:
                 return None
             raise
-        answer: dict[str, Any] = json.loads(data)
+        answer: dict[str, Any] = read_json(data)
         return answer
 
     async def cancel(self, client: AsyncJobClient) -> None:

@@ -64,6 +64,7 @@ class SuperfacilityJobTrigger(PollingTrigger):
         self._unknown_since: float | None = None
         self._copied = 0
         self._size = 0
+        self._unread = False
 
     def arguments(self) -> dict[str, Any]:
         """See :meth:`PollingTrigger.arguments`."""
@@ -112,10 +113,13 @@ class SuperfacilityJobTrigger(PollingTrigger):
                 return
             data = await client.download(self.machine, path)
         except ServiceError as error:
-            # Nothing was printed yet, or the file is not ours to read: the job's end does not depend on it.
-            if error.retry:
-                raise
+            # Nothing was printed yet, the file is not ours to read, or the API's file service is away, which is not the
+            # one that knows the jobs: the job's end does not depend on it.
+            if error.retry and not self._unread:
+                self._unread = True
+                self.log.warning("job %s: its log cannot be followed now: %s", self.remote_id, error)
             return
+        self._unread = False
         end = len(data) if ended else data.rfind(b"\n") + 1
         for line in data[self._copied : end].decode(errors="replace").splitlines():
             self.log.info("[%s] %s", path.rpartition("/")[2], line)

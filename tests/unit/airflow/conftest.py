@@ -96,8 +96,8 @@ class TransferService:
         self.transfers: dict[int, Scripted] = {}
         #: Statuses to answer the next requests with, instead of an answer.
         self.failures: list[int] = []
-        #: Called before each answer to GET /transfers/{id}.
-        self.before_info: Callable[[Scripted], None] = lambda transfer: None
+        #: Called before each answer to GET /transfers/{id}; what it returns is the answer instead.
+        self.before_info: Callable[[Scripted], Response | None] = lambda transfer: None
         self.first_phase = TransferPhase.requested
         self.on_no_consumer = ["wait", "spill"]
         self.asked_on_no_consumer: list[str] = []
@@ -160,11 +160,10 @@ class TransferService:
             return chosen[:limit]
 
         @app.get("/v1/transfers/{number}")
-        def info(number: int) -> TransferInfo:
+        def info(number: int) -> Any:
             transfer = self._find(number)
             transfer.calls.append("info")
-            self.before_info(transfer)
-            return transfer.document()
+            return self.before_info(transfer) or transfer.document()
 
         @app.post("/v1/transfers/{number}/lease")
         def renew(number: int, lease: LeaseRequest) -> Lease:

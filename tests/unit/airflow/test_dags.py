@@ -79,6 +79,13 @@ def test_stream_run_has_the_agreed_shape(bag: DagBag) -> None:
     assert dag.get_task("cancel_stream").trigger_rule == "one_failed"
 
 
+@pytest.mark.parametrize(("dag_id", "count"), [("stream_run", 2), ("backfill_run", 2), ("stream_acquisition", 1)])
+def test_whoever_stops_a_dag_run_stops_its_stream_wherever_it_waits(bag: DagBag, dag_id: str, count: int) -> None:
+    # `cancel_stream` does not run in a DAG run that was marked failed.
+    waits = [task for task in bag.dags[dag_id].tasks if isinstance(task, NNGBufferSensor)]
+    assert [task.on_kill_policy for task in waits] == ["cancel"] * count
+
+
 @pytest.mark.parametrize(
     ("parameters", "valid"),
     [

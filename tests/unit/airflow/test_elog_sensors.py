@@ -9,7 +9,7 @@ import pytest
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, TaskDeferred
 from airflow.sdk.module_loading import import_string
 
-from lclstream.elog.client import ElogClient
+from lclstream.elog.client import AsyncElogClient, ElogClient, ElogError
 from lclstream_airflow.sensors.elog import FilesAtLocationSensor, RunClosedSensor
 
 EXPERIMENT = "mfxsensor"
@@ -60,6 +60,22 @@ def test_a_run_that_does_not_exist_is_not_waited_for(elog: ElogClient, context: 
         waited(closed(9999), context)
     with pytest.raises(AirflowFailException, match="run is empty"):
         closed("None").execute(context)
+
+
+def test_an_answer_that_is_not_the_logbooks_is_asked_for_again(
+    elog: ElogClient, context: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = elog.start_run(EXPERIMENT)
+    elog.end_run(EXPERIMENT)
+    answer, odd = AsyncElogClient.run, iter([ElogError("the answer is not the logbook's")])
+
+    async def ask(client: AsyncElogClient, *arguments: Any) -> Any:
+        for error in odd:
+            raise error
+        return await answer(client, *arguments)
+
+    monkeypatch.setattr(AsyncElogClient, "run", ask)
+    assert waited(closed(run.num), context)["run"] == run.num
 
 
 def test_an_open_run_is_a_timeout(elog: ElogClient, context: dict[str, Any]) -> None:

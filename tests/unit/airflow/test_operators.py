@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Callable
@@ -13,10 +14,13 @@ from airflow.sdk.exceptions import (
     TaskDeferralTimeout,
     TaskDeferred,
 )
+from airflow.sdk.module_loading import import_string
 
+from lclstream.api.client import TransferClient
 from lclstream.api.models import TransferPhase
 from lclstream.jobs.client import JobClient
 from lclstream.jobs.models import JobState
+from lclstream.security.errors import ServiceError
 from lclstream_airflow.operators import remote
 from lclstream_airflow.operators.lclstream import LCLStreamCancelOperator, LCLStreamTransferOperator
 from lclstream_airflow.operators.psik import PsikOperator
@@ -271,6 +275,60 @@ def test_what_is_wrong_fails_before_anything_starts(
     assert transfers.transfers == {}
 
 
+@pytest.mark.parametrize("missing", ["connection", "folder"])
+def test_a_worker_without_connection_or_certificates_is_tried_again(
+    transfers: Any, context: dict[str, Any], connection: Callable[..., None], missing: str
+) -> None:
+    arguments = {"lclstream_conn_id": "nobody"}
+    if missing == "folder":
+        connection("nobody", "lclstream", transfers.url, "/nowhere")
+    sensor = NNGBufferSensor(task_id="flowing", transfer_id=1, until="flowing", **arguments)
+    for task in (transfer_operator(**arguments), sensor):
+        with pytest.raises(AirflowException, match=r"'nobody' is not defined|folder /nowhere does not exist") as caught:
+            task.execute(context)
+        # Airflow says so also while its database cannot be asked, and a folder may not be mounted yet.
+        assert not isinstance(caught.value, AirflowFailException)
+
+
+def test_an_answer_that_is_no_services_of_ours_is_no_reason_to_give_up(
+    transfers: Any, jobs: JobClient, context: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def odd(*_: Any, **__: Any) -> Any:
+        return json.loads("<h1>Back soon</h1>")
+
+    monkeypatch.setattr(TransferClient, "request", odd)
+    monkeypatch.setattr(JobClient, "files", odd)
+    event = {"status": "reached", "remote_id": "1.1", "message": "job 1.1 is completed", "facts": {}}
+    with pytest.raises(AirflowException, match="Expecting value") as asked:
+        transfer_operator().execute(context)
+    keeps = job_operator("true", output_files=["*"], output_folder=str(tmp_path))
+    with pytest.raises(AirflowException, match="is completed, but Expecting value") as fetched:
+        keeps.execute_complete(context, event)
+    assert not any(isinstance(caught.value, AirflowFailException) for caught in (asked, fetched))
+
+
+def test_a_log_that_cannot_be_shown_does_not_fail_a_good_job(
+    jobs: JobClient, context: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> Any:
+        raise ServiceError("no such route", status=404, detail="")
+
+    monkeypatch.setattr(JobClient, "logs", refused)
+    context["ti"].run_id = "no log"
+    done = job_operator("echo '{}' > result.json", result_file="result.json", follow_log=False, deferrable=False)
+    assert done.execute(context)["state"] == "completed"
+
+
+def test_a_good_job_is_not_failed_for_good_while_certificates_are_away(
+    jobs: JobClient, context: dict[str, Any], connection: Callable[..., None], job_service: str
+) -> None:
+    connection("psik_default", "psik", job_service, "/nowhere")
+    event = {"status": "reached", "remote_id": "1.1", "message": "job 1.1 is completed", "facts": {}}
+    with pytest.raises(AirflowException, match="folder /nowhere does not exist") as caught:
+        job_operator("true", result_file="result.json").execute_complete(context, event)
+    assert not isinstance(caught.value, AirflowFailException)
+
+
 def test_a_stream_is_ended_by_its_own_operator(transfers: Any, context: dict[str, Any]) -> None:
     transfers.add().phase = TransferPhase.producing
     assert LCLStreamCancelOperator(task_id="cancel", transfer_id="1").execute(context) == 1
@@ -306,6 +364,17 @@ def test_the_sensor_waits_in_the_triggerer(transfers: Any, context: dict[str, An
     deferral = deferred(NNGBufferSensor(task_id="flow", transfer_id="1", until="flowing", lease_s="120"), context)
     arguments = deferral.trigger.serialize()[1]
     assert (arguments["until"], arguments["lease_s"], arguments["on_kill_policy"]) == ("flowing", 120.0, "leave")
+
+
+@pytest.mark.parametrize(("policy", "phase"), [("cancel", TransferPhase.canceled), ("leave", TransferPhase.producing)])
+def test_a_kill_before_the_first_message_follows_the_sensors_policy(
+    transfers: Any, context: dict[str, Any], policy: str, phase: TransferPhase
+) -> None:
+    transfers.add().phase = TransferPhase.producing
+    sensor = NNGBufferSensor(task_id="data_flowing", transfer_id=1, until="flowing", on_kill_policy=policy)
+    path, arguments = deferred(sensor, context).trigger.serialize()
+    asyncio.run(import_string(path)(**arguments).on_kill())
+    assert transfers.transfers[1].phase is phase
 
 
 def test_the_sensor_waits_in_the_worker_and_keeps_the_lease(transfers: Any, context: dict[str, Any]) -> None:
@@ -410,6 +479,15 @@ def test_a_result_that_cannot_be_used_is_explained(
     context["ti"].run_id = message
     with pytest.raises(AirflowFailException, match=message):
         job_operator(script, result_file="result.json", deferrable=False).execute(context)
+
+
+def test_numbers_that_json_does_not_know_become_text(jobs: JobClient, context: dict[str, Any]) -> None:
+    context["ti"].run_id = "special numbers"
+    script = """echo '{"chi2": NaN, "fit": {"slope": [-Infinity, 1e999, 1.5]}}' > result.json"""
+    done = job_operator(script, result_file="result.json", deferrable=False).execute(context)
+    assert done["result"] == {"chi2": "NaN", "fit": {"slope": ["-Infinity", "Infinity", 1.5]}}
+    # As Airflow's client sends them.
+    json.dumps([done, context["ti"].xcoms], allow_nan=False)
 
 
 def test_files_that_are_not_there_are_missed(jobs: JobClient, context: dict[str, Any], tmp_path: Path) -> None:

@@ -53,6 +53,21 @@ def test_nobody_sees_the_pages_without_the_right_to(get: Callable[..., httpx.Res
     assert get(path, role=None).status_code == 403
 
 
+def test_who_may_read_one_dag_only_does_not_see_the_list(
+    get: Callable[..., httpx.Response], transfers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from airflow.api_fastapi.app import get_auth_manager
+
+    transfers.add()
+    monkeypatch.setattr(
+        type(get_auth_manager()), "is_authorized_dag", lambda self, *, details=None, **_: details and details.id == "a"
+    )
+    assert get("/lclstream/").status_code == 403
+    assert get("/lclstream/?dag_id=a").status_code == 403
+    assert get("/lclstream/runs/a/mfx__r0007").status_code == 200
+    assert get("/lclstream/runs/b/mfx__r0007?dag_id=a").status_code == 403
+
+
 def test_the_list_shows_the_latest_streams(get: Callable[..., httpx.Response], transfers: Any) -> None:
     assert "No transfer has been made yet" in get("/lclstream/").text
     transfer = transfers.add()

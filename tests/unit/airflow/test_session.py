@@ -30,7 +30,8 @@ from lclstream_airflow.operators.session import (
 from lclstream_airflow.sensors.session import SessionEndSensor
 
 PROGRAM = f"""#!/bin/sh
-exec {sys.executable} -m lclstream.cli session -- sh -c 'case $LCLSTREAM_RUN in 1) ;; 2) exit 4;; *) sleep 60;; esac'
+exec {sys.executable} -m lclstream.cli session -- sh -c 'case $LCLSTREAM_RUN in
+  1) ;; 2) exit 4;; 5) echo "{{\\"chi2\\": NaN, \\"slope\\": -Infinity}}" > result.json;; *) sleep 60;; esac'
 """
 
 
@@ -59,7 +60,8 @@ def waited(operator: Any, context: dict[str, Any]) -> Any:
     async def first() -> Any:
         return (await anext(trigger.run())).payload
 
-    return operator.execute_complete(context, json.loads(json.dumps(asyncio.run(first()))))
+    # Airflow's database takes only JSON as the standard has it.
+    return operator.execute_complete(context, json.loads(json.dumps(asyncio.run(first()), allow_nan=False)))
 
 
 def stream(job: str, run: str, **arguments: Any) -> SessionStreamOperator:
@@ -108,6 +110,9 @@ def test_a_stream_is_analysed_or_its_failure_is_told(
     assert context["ti"].xcoms["job_id"] == session
     with pytest.raises(AirflowFailException, match=r"analysis of r-2 in session .* is failed \(exit code 4\)"):
         waited(stream(session, "2"), context)
+    # Numbers that JSON does not know arrive as text.
+    assert waited(stream(session, "5"), context)["result"] == {"chi2": "NaN", "slope": "-Infinity"}
+    json.dumps(context["ti"].xcoms, allow_nan=False)
     # Killed, only this analysis ends.
     long = stream(session, "3")
     with pytest.raises(TaskDeferred) as deferral:
@@ -144,6 +149,50 @@ def test_a_session_is_ended_by_time_by_the_logbook_and_by_its_job(
     assert waited(release, context)["state"] == "completed"
 
 
+@pytest.mark.parametrize("problem", ["knows no such experiment", "is away", "cannot be used"])
+def test_no_problem_of_the_logbook_ends_a_session(
+    jobs: JobClient,
+    session: str,
+    elog: ElogClient,
+    context: dict[str, Any],
+    connection: Callable[..., None],
+    airflow_identity: Any,
+    capsys: pytest.CaptureFixture[str],
+    problem: str,
+) -> None:
+    soon = (datetime.now(UTC) + timedelta(seconds=1.5)).isoformat()
+    sensor = end(session, ends_at=soon, experiment="nobody", tag="END", patience_s=0.1)
+    with pytest.raises(TaskDeferred) as deferral:
+        sensor.execute(context)
+    if problem == "is away":
+        connection("elog_default", "elog", "https://127.0.0.1:9", airflow_identity.folder)
+    elif problem == "cannot be used":
+        connection("elog_default", "elog", elog.base_url, "/nowhere")
+    event = asyncio.run(deferral.value.trigger.wait())
+    assert sensor.execute_complete(context, event)["ended_by"] == "time"
+    assert capsys.readouterr().out.count("whether the logbook ends session") == 1
+
+
+def test_the_logbook_ends_a_session_after_it_was_away(
+    jobs: JobClient, session: str, elog: ElogClient, context: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(TaskDeferred) as deferral:
+        end(session, experiment="mfxlate", tag="END", timeout=60).execute(context)
+
+    async def follow() -> dict[str, Any]:
+        waiting = asyncio.create_task(deferral.value.trigger.wait())
+        async with asyncio.timeout(30):
+            while "whether the logbook ends session" not in capsys.readouterr().out:
+                await asyncio.sleep(0.02)
+        await asyncio.to_thread(elog.start_run, "mfxlate")
+        await asyncio.to_thread(lambda: elog.new_elog_entry("mfxlate", "that was it", tags=["END"]))
+        async with asyncio.timeout(30):
+            event: dict[str, Any] = await waiting
+            return event
+
+    assert asyncio.run(follow())["facts"]["ended_by"] == "the logbook"
+
+
 def test_what_a_session_does_not_finish_in_time_is_cancelled(
     jobs: JobClient, session: str, context: dict[str, Any], wait_until: Callable[..., None]
 ) -> None:
@@ -172,6 +221,11 @@ def test_a_wrong_end_is_refused_before_waiting(
 ) -> None:
     with pytest.raises(AirflowFailException, match=message):
         SessionEndSensor(task_id="hold", **arguments).execute(context)
+
+
+def test_a_logbook_nobody_has_defined_is_refused_before_waiting(jobs: JobClient, context: dict[str, Any]) -> None:
+    with pytest.raises(AirflowException, match="connection 'no_elog' is not defined"):
+        end("1.1", experiment="mfx", tag="END", elog_conn_id="no_elog").execute(context)
 
 
 def test_the_engines_configuration_is_part_of_its_job(jobs: JobClient, context: dict[str, Any], tmp_path: Path) -> None:

@@ -115,6 +115,16 @@ def test_a_wait_is_deferred_and_its_trigger_sees_the_end(nersc: Any, task: dict[
         work.execute_complete(task, event)
 
 
+def test_a_log_that_cannot_be_read_does_not_end_the_wait_for_its_job(
+    nersc: Any, task: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def away(*_: Any) -> Any:
+        raise ServiceError("the file service is away", status=503, detail="")
+
+    monkeypatch.setattr(SuperfacilityClient, "size", away)
+    assert operator(nersc, "sleep 1", patience_s=0.1).execute(task)["state"] == "COMPLETED"
+
+
 def test_a_failed_job_shows_its_last_words(nersc: Any, task: dict[str, Any]) -> None:
     with pytest.raises(AirflowException, match=r"(?s)is FAILED.*ends with:\nout of beam$"):
         operator(nersc, "echo out of beam; exit 1", follow_log=False).execute(task)
@@ -274,6 +284,13 @@ def test_a_script_the_scheduler_refuses_is_not_tried_again(nersc: Any, task: dic
 def test_a_missing_result_is_explained(nersc: Any, task: dict[str, Any]) -> None:
     with pytest.raises(AirflowFailException, match=r"is completed, but it has not written nothing\.json"):
         operator(nersc, "true", result_file="nothing.json").execute(task)
+
+
+def test_numbers_that_json_does_not_know_become_text(nersc: Any, task: dict[str, Any]) -> None:
+    body = """echo '{"chi2": NaN, "slope": -Infinity, "events": 7}' > special.json"""
+    done = operator(nersc, body, result_file="special.json").execute(task)
+    assert done["result"] == {"chi2": "NaN", "slope": "-Infinity", "events": 7}
+    json.dumps([done, task["ti"].xcoms], allow_nan=False)
 
 
 def test_the_test_button_says_who_answers(nersc: Any) -> None:

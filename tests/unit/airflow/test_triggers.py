@@ -2,20 +2,26 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
 from airflow.sdk.module_loading import import_string
+from fastapi import Response
 
 from lclstream.api.models import TransferPhase
-from lclstream.jobs.client import JobClient
+from lclstream.jobs.client import AsyncJobClient, JobClient
 from lclstream.jobs.models import JobSpec, JobState
+from lclstream.security.credentials import Credentials
+from lclstream.security.errors import ServiceError
 from lclstream_airflow.triggers import polling
 from lclstream_airflow.triggers.lclstream import LCLStreamTransferTrigger
 from lclstream_airflow.triggers.polling import PollingTrigger
@@ -139,13 +145,75 @@ def test_an_unknown_transfer_has_ended(transfers: Any) -> None:
     assert "transfer 77 is not known" in payload["message"]
 
 
-def test_an_unusable_certificate_folder_is_said_at_once(transfers: Any, connection: Callable[..., None]) -> None:
+def test_an_unusable_certificate_folder_is_said_long_before_patience_is_over(
+    transfers: Any, connection: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(polling, "UNUSABLE_S", 0.2)
     connection("lclstream_default", "lclstream", transfers.url, "/nowhere")
     payload = first_event(transfer_trigger(patience_s=60))
     assert payload["status"] == "unreachable"
     assert "certificate folder /nowhere does not exist" in payload["message"]
     payload = first_event(transfer_trigger(conn_id="nobody", patience_s=60))
     assert "connection 'nobody' is not defined" in payload["message"]
+
+
+async def seen(capsys: pytest.CaptureFixture[str], words: str) -> None:
+    async with asyncio.timeout(20):
+        while words not in capsys.readouterr().out:
+            await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+def identity(transfers: Any, connection: Callable[..., None], airflow_identity: Credentials, tmp_path: Path) -> Path:
+    """Our certificate folder, which a test may take away."""
+    folder = tmp_path / "identity"
+    shutil.copytree(airflow_identity.folder, folder)
+    connection("lclstream_default", "lclstream", transfers.url, folder)
+    return folder
+
+
+@pytest.mark.parametrize("missing", ["folder", "key", "connection"])
+def test_a_wait_goes_on_when_a_triggerer_starts_before_its_certificates_or_airflows_database(
+    transfers: Any, identity: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], missing: str
+) -> None:
+    transfers.add().phase = TransferPhase.ready
+    hidden = identity / "id.key" if missing == "key" else identity
+    away = hidden.with_name("away")
+    definition = os.environ["AIRFLOW_CONN_LCLSTREAM_DEFAULT"]
+
+    async def restart() -> dict[str, Any]:
+        hidden.rename(away)
+        if missing == "connection":
+            monkeypatch.delenv("AIRFLOW_CONN_LCLSTREAM_DEFAULT")
+        waiting = asyncio.create_task(transfer_trigger(patience_s=60).wait())
+        await seen(capsys, "looking again in")
+        monkeypatch.setenv("AIRFLOW_CONN_LCLSTREAM_DEFAULT", definition)
+        away.rename(hidden)
+        return await waiting
+
+    assert asyncio.run(restart())["status"] == "reached"
+
+
+def test_one_answer_that_is_no_json_is_asked_for_again(transfers: Any) -> None:
+    transfers.add().phase = TransferPhase.ready
+    answers = iter([Response("<h1>Back soon</h1>")])
+    transfers.before_info = lambda _: next(answers, None)
+    assert first_event(transfer_trigger(patience_s=60))["status"] == "reached"
+
+
+def test_a_kill_waits_for_its_certificates(transfers: Any, identity: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    transfers.add().phase = TransferPhase.producing
+    away = identity.with_name("away")
+
+    async def kill() -> None:
+        identity.rename(away)
+        killing = asyncio.create_task(transfer_trigger().on_kill())
+        await seen(capsys, "cancelling again in")
+        away.rename(identity)
+        await killing
+
+    asyncio.run(kill())
+    assert transfers.transfers[1].phase is TransferPhase.canceled
 
 
 @pytest.mark.parametrize(("policy", "phase"), [("cancel", TransferPhase.canceled), ("leave", TransferPhase.producing)])
@@ -285,6 +353,18 @@ def test_a_flood_of_output_is_cut_short(jobs: JobClient, capsys: pytest.CaptureF
     assert "bytes are only in the job's own log" in text
     assert "[stdout.1] 200000" in text
     assert len(text) < 1_000_000
+
+
+def test_a_log_that_cannot_be_read_does_not_end_the_wait_for_its_job(
+    jobs: JobClient, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def broken(*_: Any) -> Any:
+        raise ServiceError("the log's disk is broken", status=500, detail="")
+
+    monkeypatch.setattr(AsyncJobClient, "log_part", broken)
+    job = jobs.submit(JobSpec(script="#!/bin/sh\nexec sleep 1"))
+    assert first_event(job_trigger(job, patience_s=0.1))["status"] == "reached"
+    assert capsys.readouterr().out.count("the log's disk is broken") == 1
 
 
 def test_a_failed_job_has_ended(jobs: JobClient) -> None:
