@@ -40,7 +40,8 @@ class KafkaConfig(_Model):
         topics: the logbook's topics. `file_catalog` is needed for file triggers, `workflow_jobs` for jobs by hand.
         dead_letter_topic: where messages go that cannot be used, with the reason.
         start: where a group that was never here begins. With ``earliest`` it gets everything the broker still has: on
-            an old broker that is every run of the last days. ``latest`` means from now on.
+            an old broker that is every run of the last days. ``latest`` means from now on; topics and partitions that
+            are made later are read from their beginning.
         session_timeout_s: how long the broker waits for a run processor that was killed before another one takes over.
     """
 

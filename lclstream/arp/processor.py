@@ -14,10 +14,12 @@ import json
 import logging
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
+from confluent_kafka.admin import TopicMetadata
 
 from lclstream.arp.actions import Actions, Outcome, RetryError
 from lclstream.arp.config import ArpConfig, KafkaConfig
@@ -144,6 +146,8 @@ class Processor:
         self._holding = False
         self._assigned: set[tuple[str, int]] = set()
         self._told: dict[int, float] = {}
+        #: Partitions with messages from before us: `start: latest` skips those.
+        self._old: set[tuple[str, int]] = set()
         self._next: dict[tuple[str, int], int] = {}
         self._observed = 0.0
         kafka = config.kafka
@@ -154,7 +158,9 @@ class Processor:
                 "group.id": kafka.group,
                 "client.id": "lclstream-arp",
                 "enable.auto.commit": False,
-                "auto.offset.reset": kafka.start,
+                # A place that the broker no longer has must not make us skip what it still has: `start: latest` is
+                # for a group's very first assignment, and `_begin` pins it.
+                "auto.offset.reset": "earliest",
                 "session.timeout.ms": int(kafka.session_timeout_s * 1000),
                 "heartbeat.interval.ms": int(kafka.session_timeout_s * 1000 / 4),
                 # Partitions that stay with us are not interrupted when another run processor comes or goes.
@@ -187,6 +193,8 @@ class Processor:
         while True:
             try:
                 topics = self._consumer.list_topics(timeout=min(5.0, self._config.start_timeout_s)).topics
+                if self._config.kafka.start == "latest":
+                    self._old = self._never_read(topics)
                 break
             except KafkaException as error:
                 if self._stop.is_set() or time.monotonic() > deadline:
@@ -203,6 +211,19 @@ class Processor:
                 "Kafka has no topic %s: make it, or a message that cannot be used holds up all others",
                 self._dead_letters.topic,
             )
+
+    def _never_read(self, topics: Mapping[str, TopicMetadata]) -> set[tuple[str, int]]:
+        """Partitions of the topics in which the group has no place yet; one added to a topic it reads is new."""
+        there = [
+            TopicPartition(name, number)
+            for name in self._config.kafka.topics
+            if name in topics
+            for number in topics[name].partitions
+        ]
+        if not there:
+            return set()
+        read = {entry.topic for entry in self._consumer.committed(there, timeout=5) if entry.offset >= 0}
+        return {(entry.topic, entry.partition) for entry in there if entry.topic not in read}
 
     def run(self) -> None:
         """Process messages until `stop` is set, then leave the group."""
@@ -240,7 +261,7 @@ class Processor:
 
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         if self._config.kafka.start == "latest":
-            self._begin_now(consumer, partitions)
+            self._begin(consumer, partitions)
         consumer.incremental_assign(partitions)
         if self._holding:
             consumer.pause(partitions)
@@ -249,13 +270,20 @@ class Processor:
         if partitions:
             log.info("reading %s", ", ".join(f"{entry.topic}[{entry.partition}]" for entry in partitions))
 
-    def _begin_now(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+    def _begin(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         # Without a committed offset a group that starts at the end would, after a crash, start at the new end.
+        begin = []
         for entry in consumer.committed(partitions, timeout=10):
-            if entry.offset < 0:
-                _, high = consumer.get_watermark_offsets(entry, timeout=10)
-                begin = TopicPartition(entry.topic, entry.partition, high)
-                consumer.commit(offsets=[begin], asynchronous=False)
+            if entry.offset >= 0:
+                continue
+            # One that was made after us holds what happened since: its first message, often the one that made it, may
+            # be there before we hear of it.
+            old = (entry.topic, entry.partition) in self._old
+            _, end = consumer.get_watermark_offsets(entry, timeout=10) if old else (0, 0)
+            begin.append(TopicPartition(entry.topic, entry.partition, end))
+        if begin:
+            # All at once: half of it would look like a topic that the group has read before.
+            consumer.commit(offsets=begin, asynchronous=False)
 
     def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         consumer.incremental_unassign(partitions)

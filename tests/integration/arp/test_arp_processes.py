@@ -308,3 +308,39 @@ def test_a_group_that_starts_now_ignores_what_was_before_and_remembers_where_it_
     topics.send("runs", run_message(2))
     start_arp(kafka={"start": "latest"})
     wait_until(lambda: airflow.ids() == [STREAM.format(2)], 30, "the DAG run of what came meanwhile")
+
+
+def test_a_group_that_starts_now_reads_a_topic_that_is_made_later_from_its_beginning(
+    start_arp: Any, airflow: Any, run_message: Any, wait_until: Any, make_topics: Any
+) -> None:
+    with EmbeddedKafka(["arp-dead-letter"]) as broker:
+        kafka = {"bootstrap_servers": broker.bootstrap_servers, "start": "latest"}
+        child = start_arp(wait=False, kafka=kafka)
+        child.wait_for_output("Subscribed topic not available: runs", 30)
+        # Killed before its first commit: the next one sees the topic, and must not take it for an old one.
+        airflow.on_made = lambda _: os.kill(child.pid, signal.SIGKILL)
+        topics = make_topics(broker)
+        topics.send("runs", run_message(1), run_message(2), partition=0)
+        assert child.wait(40) == -signal.SIGKILL
+        airflow.on_made = None
+        start_arp(kafka=kafka)
+        wait_until(lambda: topics.committed("arp") == 2, 30, "commit")
+    assert airflow.ids() == [STREAM.format(1), STREAM.format(2)]
+
+
+def test_a_group_that_started_now_goes_on_with_what_the_broker_still_has_when_its_place_is_gone(
+    start_arp: Any, airflow: Any, topics: Any, run_message: Any, wait_until: Any
+) -> None:
+    child = start_arp(kafka={"start": "latest"})
+    topics.send("runs", run_message(1))
+    wait_until(lambda: topics.committed("arp") == 1, 20, "commit")
+    child.signal(signal.SIGTERM)
+    assert child.wait(10) == 0
+    # The embedded broker drops the oldest messages of a partition when it has more than 5 MB.
+    topics.send("runs", *(run_message(2, "Update", params={"filling": "x" * 500_000}) for _ in range(15)))
+    topics.send("runs", run_message(3))
+    low, high = topics.held("runs")
+    assert low > 1
+    start_arp(kafka={"start": "latest"})
+    wait_until(lambda: topics.committed("arp") == high, 30, "commit of all there are")
+    assert airflow.ids() == [STREAM.format(1), STREAM.format(3)]
