@@ -33,6 +33,8 @@ _POLL_S = 0.25
 _OBSERVE_S = 1.0
 _CONFIRM_S = 5.0
 _TELL_AGAIN_S = 60.0
+#: Bytes of a message in a dead letter that is too large with all of it.
+_SHORT = 50_000
 
 
 class KafkaUnreachableError(ConnectionError):
@@ -101,31 +103,47 @@ class DeadLetters:
         Raises:
             RetryError: the broker did not confirm it.
         """
-        payload = delivery.payload
-        letter: dict[str, Any] = {
+        letter = {
             "reason": reason,
             "time": time.time(),
             "topic": delivery.topic,
             "partition": delivery.partition,
             "offset": delivery.offset,
         }
+        error = self._sent(letter | _readable(delivery.payload))
+        if isinstance(error, KafkaError) and error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
+            # A letter has more bytes than its message, which may be as large as can be; the topic still has all of it.
+            payload = delivery.payload or b""
+            short = {"reason": reason[:_SHORT], "size": len(payload)} | _readable(payload[:_SHORT])
+            error = self._sent(letter | short)
+        if error is not None:
+            raise RetryError(f"dead-letter topic {self.topic} does not take the message: {error}")
+
+    def _sent(self, letter: dict[str, Any]) -> KafkaError | str | None:
+        """Why the broker did not confirm it; None: it did."""
+        outcome: list[KafkaError | None] = []
         try:
-            letter["value"] = None if payload is None else payload.decode()
-        except UnicodeDecodeError:
-            letter["value_base64"] = base64.b64encode(payload or b"").decode()
-        outcome: list[Any] = []
-        self._producer.produce(
-            self.topic, json.dumps(letter).encode(), on_delivery=lambda error, _: outcome.append(error)
-        )
+            self._producer.produce(
+                self.topic, json.dumps(letter).encode(), on_delivery=lambda error, _: outcome.append(error)
+            )
+        except KafkaException as error:
+            # What can be known without the broker is told here, its size for one.
+            reason: KafkaError = error.args[0]
+            return reason
         deadline = time.monotonic() + _CONFIRM_S + 3
         while not outcome and time.monotonic() < deadline:
             self._producer.poll(0.1)
         if not outcome:
             self._producer.purge()
-        if not outcome or outcome[0] is not None:
-            raise RetryError(
-                f"dead-letter topic {self.topic} does not take the message: {(outcome or ['no answer'])[0]}"
-            )
+            return "no answer"
+        return outcome[0]
+
+
+def _readable(payload: bytes | None) -> dict[str, Any]:
+    try:
+        return {"value": None if payload is None else payload.decode()}
+    except UnicodeDecodeError:
+        return {"value_base64": base64.b64encode(payload or b"").decode()}
 
 
 class Processor:

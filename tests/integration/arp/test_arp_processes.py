@@ -344,3 +344,21 @@ def test_a_group_that_started_now_goes_on_with_what_the_broker_still_has_when_it
     start_arp(kafka={"start": "latest"})
     wait_until(lambda: topics.committed("arp") == high, 30, "commit of all there are")
     assert airflow.ids() == [STREAM.format(1), STREAM.format(3)]
+
+
+def test_a_dead_letter_that_would_be_too_large_says_reason_and_place_and_begins_as_the_message_does(
+    start_arp: Any, airflow: Any, topics: Any, run_message: Any, wait_until: Any
+) -> None:
+    start_arp()
+    # Each quote needs two bytes in the letter.
+    topics.send("runs", b'"' * 700_000, b"\xff" * 900_000, run_message(1))
+    text, binary = topics.read("arp-dead-letter", 2)
+    wait_until(lambda: topics.committed("arp") == 3, 20, "commit")
+    assert airflow.ids() == [STREAM.format(1)]
+    assert "not JSON" in text["reason"]
+    assert [(letter["topic"], letter["offset"], letter["size"]) for letter in (text, binary)] == [
+        ("runs", 0, 700_000),
+        ("runs", 1, 900_000),
+    ]
+    assert set(text["value"]) == {'"'}
+    assert binary["value_base64"].startswith("////")

@@ -262,3 +262,43 @@ def test_the_outbox_says_how_much_waits_and_since_when(book: Logbook) -> None:
     count, oldest = book.waiting()
     assert count == 2
     assert oldest is not None
+
+
+def test_what_no_broker_takes_is_refused_and_changes_nothing(book: Logbook, engine: Engine) -> None:
+    book.start_run(EXPERIMENT, params={"gas": 1})
+    book.write_definition(EXPERIMENT, STREAM | {"parameters": "x" * 1_000_000}, "alice")
+    before = messages(engine, "runs")
+    much = {"image": "x" * 1_000_000}
+    for refused in (
+        lambda: book.add_run_params(EXPERIMENT, much),
+        lambda: book.start_run(EXPERIMENT, params=much),
+        lambda: book.register_file(EXPERIMENT, {"path": "/a.xtc2", **much}),
+        lambda: book.create_job(EXPERIMENT, "stream", 1, "alice"),
+    ):
+        with pytest.raises(RefusedError, match=r"would have 100\d{4} bytes.*at most 900000: .*path"):
+            refused()
+    assert messages(engine, "runs") == before
+    current = book.current_run(EXPERIMENT)
+    assert current is not None
+    assert (current["params"], current["end_time"]) == ({"gas": 1}, None)
+
+
+def test_the_end_of_a_run_with_too_many_files_is_told_without_them(book: Logbook, engine: Engine) -> None:
+    book.start_run(EXPERIMENT)
+    for number in range(4):
+        book.register_file(EXPERIMENT, {"path": f"/{number}.xtc2", "index": "x" * 300_000})
+    ended = book.end_run(EXPERIMENT)
+    assert len(ended["file_catalog"]) == 4
+    told = messages(engine, "runs")[-1]["value"]
+    assert "file_catalog" not in told
+    assert (told["end_time"], told["duration"]) == (ended["end_time"], ended["duration"])
+
+
+def test_a_run_that_is_as_large_as_it_can_be_ends_and_the_next_one_starts(book: Logbook, engine: Engine) -> None:
+    document = book.start_run(EXPERIMENT, params={"fill": ""})
+    envelope = {"experiment_name": EXPERIMENT, "CRUD": "Update", "value": document}
+    book.add_run_params(EXPERIMENT, {"fill": "x" * (900_000 - len(json.dumps(envelope)))})
+    with pytest.raises(RefusedError):
+        book.add_run_params(EXPERIMENT, {"one": "more"})
+    assert book.start_run(EXPERIMENT)["num"] == 2
+    assert messages(engine, "runs")[-2]["value"]["duration"] >= 0
