@@ -145,9 +145,12 @@ class JobsConfig(_Model):
     Attributes:
         show: whether each DAG run of a definition in the logbook gets a job there.
         every_s: how often the jobs' status and counters are brought up to date.
+        logins: logins of the group's run processors, where they have several; our own is always one. Jobs of theirs
+            show DAG runs there are. Without a member's login here, its jobs are taken for requests by hand.
     """
 
     show: bool = True
+    logins: list[str] = []
     every_s: float = Field(default=5, ge=0.2, le=3600)
 
 

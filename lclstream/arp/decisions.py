@@ -34,13 +34,14 @@ class Scope:
         experiments: names or shell patterns (``mfx*``); empty means all.
         recorder_files: files whose path this matches are written by recorders beside the detectors; trigger
             ``ALL_NONREC_FILES_TRANSFERRED`` does not wait for them.
-        login: our own login. Jobs of ours in the logbook show DAG runs there are; nobody asks for them by hand.
+        logins: our own login and those of the others in our group. Their jobs in the logbook show DAG runs there are;
+            nobody asks for them by hand.
     """
 
     location: str
     experiments: tuple[str, ...] = ()
     recorder_files: re.Pattern[str] = re.compile(r"-s0?[89]\d-")
-    login: str | None = None
+    logins: frozenset[str] = frozenset()
 
     def covers(self, experiment: str) -> bool:
         """Whether the experiment's events are for us."""
@@ -135,7 +136,7 @@ def precheck(event: Event, scope: Scope) -> NotForUs | None:
         return NotForUs(f"experiment {event.experiment} is not one of {', '.join(scope.experiments)}")
     if isinstance(event, JobEvent) and event.crud != Crud.CREATE:
         return NotForUs(f"a job's {event.crud.value.lower()} starts nothing")
-    if isinstance(event, JobEvent) and scope.login is not None and event.job.user == scope.login:
+    if isinstance(event, JobEvent) and event.job.user in scope.logins:
         return NotForUs("the job is our own: it shows a DAG run that a trigger made")
     if isinstance(event, FileEvent) and not event.file.locations:
         return NotForUs("the file is at no location yet")
