@@ -1,7 +1,7 @@
 """Which DAG runs an event asks for: event, definitions and knowledge of the run in, DAG runs or reasons out. No I/O.
 
 Every trigger is judged by what the message and the run's documents say, never by what was seen before: messages may
-come twice, late, or in another order. That a trigger holds more than once (a run's end is told by every later update)
+come twice, late, or in another order. That a trigger holds more than once (a run's end is told by later updates, too)
 does no harm, because the DAG run's id is the same each time.
 """
 
@@ -157,7 +157,7 @@ def needs_catalogue(event: Event, definitions: Iterable[WorkflowDefinition]) -> 
     triggers = {entry.trigger for entry in definitions}
     if isinstance(event, FileEvent):
         return bool(triggers & (ASK_THE_LOGBOOK | {Trigger.FIRST_FILE_TRANSFERRED}))
-    return event.run.end_time is not None and bool(triggers & ASK_THE_LOGBOOK)
+    return event.tells_end and bool(triggers & ASK_THE_LOGBOOK)
 
 
 def decide(
@@ -232,9 +232,11 @@ def _is_due(
         if trigger == Trigger.START_OF_RUN:
             return event.crud == Crud.CREATE
         if trigger == Trigger.END_OF_RUN:
-            return event.run.end_time is not None
+            return event.tells_end
         if trigger == Trigger.RUN_PARAM_IS_VALUE:
             return _parameter_is_value(definition, event.run)
+        if not event.tells_end:
+            return False
     elif trigger == Trigger.FIRST_FILE_TRANSFERRED:
         return definition.location in event.file.locations
     if trigger in ASK_THE_LOGBOOK and catalogue is not None:

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
@@ -354,7 +355,8 @@ class Processor:
 
     def _handled(self, delivery: Delivery) -> Outcome:
         try:
-            return self._actions.handle(delivery.topic, delivery.payload)
+            sent = None if delivery.created is None else datetime.fromtimestamp(delivery.created, UTC)
+            return self._actions.handle(delivery.topic, delivery.payload, sent)
         except RetryError:
             raise
         except Exception as error:

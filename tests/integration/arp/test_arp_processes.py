@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,16 @@ def test_a_run_that_starts_and_ends_makes_one_dag_run_each_and_commits_after_the
     start_arp: Any, airflow: Any, topics: Any, run_message: Any, wait_until: Any
 ) -> None:
     child = start_arp()
-    end = {"end_time": "2026-03-01T12:01:00+00:00"}
+    end = {"end_time": datetime.now(UTC).isoformat()}
     topics.send(
         "runs",
         run_message(7, params={"x": float("nan"), "A\uff0eB": float("inf")}, unknown_field=1),
         run_message(7, "Update", params={"gas": 1}),
         run_message(7, "Update", **end, duration=60.0, file_catalog=[]),
         run_message(7, "Update", **end, params={"events": 200}),
+        run_message(6, "Update", end_time="2026-03-01T12:01:00+00:00", params={"reprocessed": True}),
     )
-    wait_until(lambda: topics.committed("arp") == 4, 20, "commit of all four messages")
+    wait_until(lambda: topics.committed("arp") == 5, 20, "commit of all five messages")
     assert airflow.ids() == [STREAM.format(7), REDUCE.format(7)]
     assert [status for *_, status in airflow.attempts] == [200, 200]
     conf = airflow.conf(STREAM.format(7))
@@ -153,7 +155,7 @@ def test_killed_between_creation_and_commit_the_next_one_finds_the_dag_run(
 def test_run_numbers_that_are_text_and_ends_that_come_before_starts_make_one_dag_run_each(
     start_arp: Any, airflow: Any, run_message: Any, wait_until: Any
 ) -> None:
-    end = {"end_time": "2026-03-01T12:01:00+00:00"}
+    end = {"end_time": "2026-03-01T12:01:00+00:00", "duration": 60.0}
     with EmbeddedKafka(["runs", "file_catalog", "workflow_jobs", "arp-dead-letter"], partitions=2) as broker:
         start_arp(kafka={"bootstrap_servers": broker.bootstrap_servers})
         producer = Producer({"bootstrap.servers": broker.bootstrap_servers})
