@@ -20,7 +20,7 @@ from sqlalchemy import Engine, func, select
 from sqlalchemy.orm import Session
 
 from lclstream.elog.config import EXPERIMENT_PATTERN, LocationConfig
-from lclstream.elog.database import Definition, Entry, Experiment, File, Job, Message, Run
+from lclstream.elog.database import Definition, Entry, Experiment, File, Job, LatestRun, Message, Run
 from lclstream.elog.models import RunNumber, Trigger, escape_name, run_number
 
 Document = dict[str, Any]
@@ -113,7 +113,10 @@ class _Book:
         return found
 
     def current(self) -> Run | None:
-        # The highest number, as the logbook has it; names come after numbers.
+        latest = self.session.get(LatestRun, self.name)
+        if latest is not None:
+            return self.session.get(Run, latest.run_id)
+        # A database from before the table of latest runs: the highest number, and names come after numbers.
         order = (Run.num_int.is_(None).desc(), Run.num_int.desc(), Run.num_text.desc())
         return self.session.scalar(select(Run).where(Run.experiment == self.name).order_by(*order).limit(1))
 
@@ -246,6 +249,7 @@ class Logbook:
                     document=document,
                 )
             )
+            book.session.merge(LatestRun(experiment=book.name, run_id=document["_id"]))
             book.publish("runs", "Create", document)
             return document
 
@@ -263,7 +267,7 @@ class Logbook:
             return self._end(book, book.run_or_current(None), end_time or now())
 
     def current_run(self, experiment: str, *, skip_closed: bool = False) -> Document | None:
-        """The run with the highest number."""
+        """The run that was started last."""
         with self._reading(experiment) as book:
             run = book.current()
             if run is None or (skip_closed and run.document["end_time"] is not None):

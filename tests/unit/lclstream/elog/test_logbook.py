@@ -4,6 +4,7 @@ import json
 import math
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,48 @@ def test_runs_may_have_names_instead_of_numbers(book: Logbook) -> None:
     assert current is not None
     assert current["num"] == "grid7_0012"
     assert book.run("cryo01", "grid7_0012")["type"] == "DATA"
+
+
+def test_a_name_of_digits_is_another_run_than_the_number(book: Logbook) -> None:
+    for name in ("0007", "7", "2024_01"):
+        book.start_run("cryo01", run_num=name)
+    assert [book.run("cryo01", name)["num"] for name in ("0007", "7", "2024_01")] == ["0007", 7, "2024_01"]
+
+
+def test_after_a_run_with_a_name_the_end_ends_the_run_that_was_started_last(book: Logbook, engine: Engine) -> None:
+    book.start_run(EXPERIMENT)
+    book.start_run(EXPERIMENT, run_num="alignment")
+    book.end_run(EXPERIMENT)
+    assert book.start_run(EXPERIMENT)["num"] == 2
+    assert book.end_run(EXPERIMENT)["num"] == 2
+    assert (book.current_run(EXPERIMENT) or {})["num"] == 2
+
+
+def test_after_a_run_with_a_name_the_next_start_ends_the_run_that_was_open(book: Logbook, engine: Engine) -> None:
+    book.start_run(EXPERIMENT)
+    book.start_run(EXPERIMENT, run_num="alignment")
+    book.end_run(EXPERIMENT)
+    book.start_run(EXPERIMENT)
+    book.start_run(EXPERIMENT)
+    assert book.run(EXPERIMENT, "2")["end_time"] is not None
+    said = [(m["CRUD"], m["value"]["num"]) for m in messages(engine, "runs")[-3:]]
+    assert said == [("Create", 2), ("Update", 2), ("Create", 3)]
+
+
+def test_a_run_started_earlier_by_the_clock_but_later_in_fact_is_the_current_one(book: Logbook) -> None:
+    book.start_run(EXPERIMENT, run_num="5")
+    book.start_run(EXPERIMENT, run_num="3", start_time=datetime(2020, 1, 1, tzinfo=UTC))
+    assert book.end_run(EXPERIMENT)["num"] == 3
+
+
+def test_in_a_database_from_before_the_highest_number_is_the_current_run(book: Logbook, engine: Engine) -> None:
+    book.start_run(EXPERIMENT, run_num="5")
+    with engine.begin() as connection:
+        connection.exec_driver_sql("DROP TABLE latest_runs")
+    open_database(str(engine.url)).dispose()
+    assert book.end_run(EXPERIMENT)["num"] == 5
+    assert book.start_run(EXPERIMENT)["num"] == 6
+    assert book.end_run(EXPERIMENT)["num"] == 6
 
 
 def test_current_run_can_leave_out_closed_ones(book: Logbook) -> None:
