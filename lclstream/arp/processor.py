@@ -20,7 +20,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
-from confluent_kafka.admin import TopicMetadata
 
 from lclstream.arp.actions import Actions, Outcome, RetryError
 from lclstream.arp.config import ArpConfig, KafkaConfig
@@ -231,7 +230,7 @@ class Processor:
                 self._dead_letters.topic,
             )
 
-    def _never_read(self, topics: Mapping[str, TopicMetadata]) -> set[tuple[str, int]]:
+    def _never_read(self, topics: Mapping[str, Any]) -> set[tuple[str, int]]:
         """Partitions of the topics in which the group has no place yet; one added to a topic it reads is new."""
         there = [
             TopicPartition(name, number)
