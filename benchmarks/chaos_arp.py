@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def _events(experiment: str, count: int) -> tuple[list[bytes], set[str], int]:
     messages: list[bytes] = []
     wanted: set[str] = set()
     unreadable = max(1, count // 50)
-    end = {"end_time": "2026-03-01T12:01:00+00:00"}
+    end = {"end_time": datetime.now(UTC).isoformat()}
     for event in range(count):
         number = event // 2 + 1
         if event % 2 == 0:

@@ -14,7 +14,7 @@ It differs from `stream_run` in that nothing is live: the run's files have to be
 (the full buffer holds up the engine), the streams share a pool of their own, and jobs of live runs come first.
 
 ```sh
-lclstream backfill mfxx49820 100..150,160 --parameters backfill.yaml --max-active 4
+lclstream backfill mfxx49820 100..150,160 --parameters backfill.yaml --location S3DF --max-active 4
 ```
 
 To stop everything: mark the DAG run failed. The job and the transfer are cancelled within seconds. So is the transfer

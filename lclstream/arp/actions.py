@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from datetime import datetime
 from enum import StrEnum
 
 from lclstream.arp.airflow_rest import AirflowClient, AirflowRefusalError, AirflowUnavailableError
@@ -109,14 +110,14 @@ class Actions:
         self._jobs = jobs
         self._known: OrderedDict[str, None] = OrderedDict()
 
-    def handle(self, topic: str, payload: bytes | None) -> Outcome:
-        """Do what a message asks for.
+    def handle(self, topic: str, payload: bytes | None, sent: datetime | None = None) -> Outcome:
+        """Do what a message asks for; `sent` is the message's own time, None where the broker keeps none.
 
         Raises:
             RetryError: the logbook or Airflow cannot be asked now.
         """
         try:
-            event = read(topic, payload)
+            event = read(topic, payload, sent)
         except UnreadableError as error:
             return Outcome(rejected=[str(error)])
         if isinstance(event, Irrelevant):
@@ -156,7 +157,7 @@ class Actions:
 
     def _make(self, dag_run: DagRun, outcome: Outcome) -> None:
         if dag_run.dag_run_id in self._known:
-            # A run's end is told again with every parameter that is added later.
+            # A run's end is told again with every parameter that is added soon after.
             outcome.existed.append(dag_run.dag_run_id)
             return
         try:

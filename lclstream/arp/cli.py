@@ -119,12 +119,13 @@ def _run(config: ArpConfig, stop: threading.Event) -> None:
     with ExitStack() as stack:
         credentials = None if config.credentials is None else Credentials(config.credentials)
         airflow = stack.enter_context(AirflowClient(config.airflow))
-        elog = jobs = login = None
+        elog = jobs = None
+        # Also of one that shows nothing itself: the group's jobs are in its messages all the same.
+        logins = frozenset(config.jobs.logins) | (frozenset() if credentials is None else {_login(credentials)})
         if config.logbook_url is not None and credentials is not None:
             elog = stack.enter_context(ElogClient(config.logbook_url, credentials))
             if config.jobs.show:
-                login = _login(credentials)
-                jobs = JobEntries(elog, login)
+                jobs = JobEntries(elog, logins)
         definitions: DefinitionSource
         if config.definitions.file is not None:
             definitions = FileDefinitions(config.definitions.file, logbook=elog is not None)
@@ -132,7 +133,7 @@ def _run(config: ArpConfig, stop: threading.Event) -> None:
             definitions = ElogDefinitions(elog)
         _check_airflow(airflow)
         observation = Observation(config.kafka.group, config.location)
-        scope = Scope(config.location, tuple(config.experiments), re.compile(config.recorder_files), login)
+        scope = Scope(config.location, tuple(config.experiments), re.compile(config.recorder_files), logins)
         processor = Processor(config, Actions(scope, definitions, airflow, elog, jobs), observation, stop)
         processor.connect()
         if config.status is not None and credentials is not None:

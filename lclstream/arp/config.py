@@ -40,7 +40,8 @@ class KafkaConfig(_Model):
         topics: the logbook's topics. `file_catalog` is needed for file triggers, `workflow_jobs` for jobs by hand.
         dead_letter_topic: where messages go that cannot be used, with the reason.
         start: where a group that was never here begins. With ``earliest`` it gets everything the broker still has: on
-            an old broker that is every run of the last days. ``latest`` means from now on.
+            an old broker that is every run of the last days. ``latest`` means from now on; topics and partitions that
+            are made later are read from their beginning.
         session_timeout_s: how long the broker waits for a run processor that was killed before another one takes over.
     """
 
@@ -144,9 +145,12 @@ class JobsConfig(_Model):
     Attributes:
         show: whether each DAG run of a definition in the logbook gets a job there.
         every_s: how often the jobs' status and counters are brought up to date.
+        logins: logins of the group's run processors, where they have several; our own is always one. Jobs of theirs
+            show DAG runs there are. Without a member's login here, its jobs are taken for requests by hand.
     """
 
     show: bool = True
+    logins: list[str] = []
     every_s: float = Field(default=5, ge=0.2, le=3600)
 
 

@@ -1,7 +1,7 @@
 """Which DAG runs an event asks for: event, definitions and knowledge of the run in, DAG runs or reasons out. No I/O.
 
 Every trigger is judged by what the message and the run's documents say, never by what was seen before: messages may
-come twice, late, or in another order. That a trigger holds more than once (a run's end is told by every later update)
+come twice, late, or in another order. That a trigger holds more than once (a run's end is told by later updates, too)
 does no harm, because the DAG run's id is the same each time.
 """
 
@@ -34,13 +34,14 @@ class Scope:
         experiments: names or shell patterns (``mfx*``); empty means all.
         recorder_files: files whose path this matches are written by recorders beside the detectors; trigger
             ``ALL_NONREC_FILES_TRANSFERRED`` does not wait for them.
-        login: our own login. Jobs of ours in the logbook show DAG runs there are; nobody asks for them by hand.
+        logins: our own login and those of the others in our group. Their jobs in the logbook show DAG runs there are;
+            nobody asks for them by hand.
     """
 
     location: str
     experiments: tuple[str, ...] = ()
     recorder_files: re.Pattern[str] = re.compile(r"-s0?[89]\d-")
-    login: str | None = None
+    logins: frozenset[str] = frozenset()
 
     def covers(self, experiment: str) -> bool:
         """Whether the experiment's events are for us."""
@@ -135,7 +136,7 @@ def precheck(event: Event, scope: Scope) -> NotForUs | None:
         return NotForUs(f"experiment {event.experiment} is not one of {', '.join(scope.experiments)}")
     if isinstance(event, JobEvent) and event.crud != Crud.CREATE:
         return NotForUs(f"a job's {event.crud.value.lower()} starts nothing")
-    if isinstance(event, JobEvent) and scope.login is not None and event.job.user == scope.login:
+    if isinstance(event, JobEvent) and event.job.user in scope.logins:
         return NotForUs("the job is our own: it shows a DAG run that a trigger made")
     if isinstance(event, FileEvent) and not event.file.locations:
         return NotForUs("the file is at no location yet")
@@ -156,7 +157,7 @@ def needs_catalogue(event: Event, definitions: Iterable[WorkflowDefinition]) -> 
     triggers = {entry.trigger for entry in definitions}
     if isinstance(event, FileEvent):
         return bool(triggers & (ASK_THE_LOGBOOK | {Trigger.FIRST_FILE_TRANSFERRED}))
-    return event.run.end_time is not None and bool(triggers & ASK_THE_LOGBOOK)
+    return event.tells_end and bool(triggers & ASK_THE_LOGBOOK)
 
 
 def decide(
@@ -231,9 +232,11 @@ def _is_due(
         if trigger == Trigger.START_OF_RUN:
             return event.crud == Crud.CREATE
         if trigger == Trigger.END_OF_RUN:
-            return event.run.end_time is not None
+            return event.tells_end
         if trigger == Trigger.RUN_PARAM_IS_VALUE:
             return _parameter_is_value(definition, event.run)
+        if not event.tells_end:
+            return False
     elif trigger == Trigger.FIRST_FILE_TRANSFERRED:
         return definition.location in event.file.locations
     if trigger in ASK_THE_LOGBOOK and catalogue is not None:

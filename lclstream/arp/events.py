@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any, Final
 
@@ -19,6 +20,10 @@ from lclstream.elog.models import FileEntry, RunDocument, RunNumber, WorkflowJob
 RUNS: Final = "runs"
 FILES: Final = "file_catalog"
 JOBS: Final = "workflow_jobs"
+
+
+#: How long after its end an update of a run still counts as news of the end; clocks may differ, and messages wait.
+SOON = timedelta(days=1)
 
 
 class UnreadableError(ValueError):
@@ -43,17 +48,38 @@ class _Envelope(BaseModel):
 
 @dataclass(frozen=True)
 class RunEvent:
-    """A run started (``Create``), ended, or changed; `document` is the logbook's own."""
+    """A run started (``Create``), ended, or changed.
+
+    Attributes:
+        document: the logbook's own.
+        sent: the message's own time; None on a broker that keeps none.
+    """
 
     experiment: str
     crud: Crud
     run: RunDocument
     document: dict[str, Any]
+    sent: datetime | None = None
 
     @property
     def number(self) -> RunNumber:
         """The run's number."""
         return self.run.num
+
+    @property
+    def tells_end(self) -> bool:
+        """Whether this is news of the run's end, and not a change of a run that ended long before.
+
+        Every update holds `end_time`, and results are put onto runs of years ago. Only the one at the end has
+        `duration`; one soon after is taken for the same, should that have been lost or be without it. The message's own
+        time decides, so that it is judged alike however late or often it is delivered.
+        """
+        end = self.run.end_time
+        if end is None:
+            return False
+        if self.crud == Crud.CREATE or self.run.duration is not None or self.sent is None:
+            return True
+        return self.sent - end < SOON
 
 
 @dataclass(frozen=True)
@@ -101,8 +127,8 @@ def _first_problem(error: ValidationError) -> str:
     return f"{where}: {problem['msg']}"
 
 
-def read(topic: str, payload: bytes | None) -> Event | Irrelevant:
-    """The event in a message.
+def read(topic: str, payload: bytes | None, sent: datetime | None = None) -> Event | Irrelevant:
+    """The event in a message; `sent` is the message's own time.
 
     Raises:
         UnreadableError: it is not JSON, not an envelope of the logbook's, or its document lacks what it must have.
@@ -126,7 +152,7 @@ def read(topic: str, payload: bytes | None) -> Event | Irrelevant:
         return Irrelevant(experiment, f"CRUD {envelope.CRUD!r} is nothing a workflow waits for")
     try:
         if topic == RUNS:
-            return RunEvent(experiment, crud, RunDocument.model_validate(envelope.value), envelope.value)
+            return RunEvent(experiment, crud, RunDocument.model_validate(envelope.value), envelope.value, sent)
         if topic == FILES:
             return FileEvent(experiment, crud, FileEntry.model_validate(envelope.value))
         return JobEvent(experiment, crud, WorkflowJob.model_validate(envelope.value))

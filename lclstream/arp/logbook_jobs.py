@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -79,12 +79,12 @@ class JobEntries:
 
     Args:
         elog: the logbook's client.
-        login: our own login, whose jobs these are.
+        logins: our own login and those of the others in our group, whose jobs these are.
     """
 
-    def __init__(self, elog: ElogClient, login: str) -> None:
+    def __init__(self, elog: ElogClient, logins: Collection[str]) -> None:
         self._elog = elog
-        self._login = login
+        self._logins = logins
 
     def entry_for(self, dag_run: DagRun) -> tuple[str | None, bool]:
         """The job's id, and whether it was made now. Without a logbook there is none: showing must not stop a run."""
@@ -93,7 +93,7 @@ class JobEntries:
             return dag_run.job_id, False
         try:
             for job in self._elog.workflow_jobs(dag_run.experiment):
-                if (job.run_num, job.def_id, job.user) == (dag_run.run, def_id, self._login):
+                if (job.run_num, job.def_id) == (dag_run.run, def_id) and job.user in self._logins:
                     return job.id, False
             made = self._elog.create_workflow_job(dag_run.experiment, dag_run.definition.name, dag_run.run)
             return made.id, True
@@ -255,7 +255,7 @@ def kill(airflow: AirflowClient, scope: Scope, experiment: str, job: WorkflowJob
     if definition is None or not definition.executable.startswith(SCHEME) or definition.location != scope.location:
         raise KillError(f"job {job.id} is no Airflow DAG at {scope.location}")
     dag_id = definition.executable.removeprefix(SCHEME)
-    ours = job.user is not None and job.user == scope.login
+    ours = job.user in scope.logins
     try:
         trigger = Trigger(definition.trigger) if ours else Trigger.MANUAL
     except ValueError as error:

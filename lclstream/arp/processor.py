@@ -14,7 +14,9 @@ import json
 import logging
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
@@ -31,6 +33,8 @@ _POLL_S = 0.25
 _OBSERVE_S = 1.0
 _CONFIRM_S = 5.0
 _TELL_AGAIN_S = 60.0
+#: Bytes of a message in a dead letter that is too large with all of it.
+_SHORT = 50_000
 
 
 class KafkaUnreachableError(ConnectionError):
@@ -99,31 +103,47 @@ class DeadLetters:
         Raises:
             RetryError: the broker did not confirm it.
         """
-        payload = delivery.payload
-        letter: dict[str, Any] = {
+        letter = {
             "reason": reason,
             "time": time.time(),
             "topic": delivery.topic,
             "partition": delivery.partition,
             "offset": delivery.offset,
         }
+        error = self._sent(letter | _readable(delivery.payload))
+        if isinstance(error, KafkaError) and error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
+            # A letter has more bytes than its message, which may be as large as can be; the topic still has all of it.
+            payload = delivery.payload or b""
+            short = {"reason": reason[:_SHORT], "size": len(payload)} | _readable(payload[:_SHORT])
+            error = self._sent(letter | short)
+        if error is not None:
+            raise RetryError(f"dead-letter topic {self.topic} does not take the message: {error}")
+
+    def _sent(self, letter: dict[str, Any]) -> KafkaError | str | None:
+        """Why the broker did not confirm it; None: it did."""
+        outcome: list[KafkaError | None] = []
         try:
-            letter["value"] = None if payload is None else payload.decode()
-        except UnicodeDecodeError:
-            letter["value_base64"] = base64.b64encode(payload or b"").decode()
-        outcome: list[Any] = []
-        self._producer.produce(
-            self.topic, json.dumps(letter).encode(), on_delivery=lambda error, _: outcome.append(error)
-        )
+            self._producer.produce(
+                self.topic, json.dumps(letter).encode(), on_delivery=lambda error, _: outcome.append(error)
+            )
+        except KafkaException as error:
+            # What can be known without the broker is told here, its size for one.
+            reason: KafkaError = error.args[0]
+            return reason
         deadline = time.monotonic() + _CONFIRM_S + 3
         while not outcome and time.monotonic() < deadline:
             self._producer.poll(0.1)
         if not outcome:
             self._producer.purge()
-        if not outcome or outcome[0] is not None:
-            raise RetryError(
-                f"dead-letter topic {self.topic} does not take the message: {(outcome or ['no answer'])[0]}"
-            )
+            return "no answer"
+        return outcome[0]
+
+
+def _readable(payload: bytes | None) -> dict[str, Any]:
+    try:
+        return {"value": None if payload is None else payload.decode()}
+    except UnicodeDecodeError:
+        return {"value_base64": base64.b64encode(payload or b"").decode()}
 
 
 class Processor:
@@ -144,6 +164,8 @@ class Processor:
         self._holding = False
         self._assigned: set[tuple[str, int]] = set()
         self._told: dict[int, float] = {}
+        #: Partitions with messages from before us: `start: latest` skips those.
+        self._old: set[tuple[str, int]] = set()
         self._next: dict[tuple[str, int], int] = {}
         self._observed = 0.0
         kafka = config.kafka
@@ -154,7 +176,9 @@ class Processor:
                 "group.id": kafka.group,
                 "client.id": "lclstream-arp",
                 "enable.auto.commit": False,
-                "auto.offset.reset": kafka.start,
+                # A place that the broker no longer has must not make us skip what it still has: `start: latest` is
+                # for a group's very first assignment, and `_begin` pins it.
+                "auto.offset.reset": "earliest",
                 "session.timeout.ms": int(kafka.session_timeout_s * 1000),
                 "heartbeat.interval.ms": int(kafka.session_timeout_s * 1000 / 4),
                 # Partitions that stay with us are not interrupted when another run processor comes or goes.
@@ -187,6 +211,8 @@ class Processor:
         while True:
             try:
                 topics = self._consumer.list_topics(timeout=min(5.0, self._config.start_timeout_s)).topics
+                if self._config.kafka.start == "latest":
+                    self._old = self._never_read(topics)
                 break
             except KafkaException as error:
                 if self._stop.is_set() or time.monotonic() > deadline:
@@ -203,6 +229,19 @@ class Processor:
                 "Kafka has no topic %s: make it, or a message that cannot be used holds up all others",
                 self._dead_letters.topic,
             )
+
+    def _never_read(self, topics: Mapping[str, Any]) -> set[tuple[str, int]]:
+        """Partitions of the topics in which the group has no place yet; one added to a topic it reads is new."""
+        there = [
+            TopicPartition(name, number)
+            for name in self._config.kafka.topics
+            if name in topics
+            for number in topics[name].partitions
+        ]
+        if not there:
+            return set()
+        read = {entry.topic for entry in self._consumer.committed(there, timeout=5) if entry.offset >= 0}
+        return {(entry.topic, entry.partition) for entry in there if entry.topic not in read}
 
     def run(self) -> None:
         """Process messages until `stop` is set, then leave the group."""
@@ -240,7 +279,7 @@ class Processor:
 
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         if self._config.kafka.start == "latest":
-            self._begin_now(consumer, partitions)
+            self._begin(consumer, partitions)
         consumer.incremental_assign(partitions)
         if self._holding:
             consumer.pause(partitions)
@@ -249,13 +288,20 @@ class Processor:
         if partitions:
             log.info("reading %s", ", ".join(f"{entry.topic}[{entry.partition}]" for entry in partitions))
 
-    def _begin_now(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+    def _begin(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         # Without a committed offset a group that starts at the end would, after a crash, start at the new end.
+        begin = []
         for entry in consumer.committed(partitions, timeout=10):
-            if entry.offset < 0:
-                _, high = consumer.get_watermark_offsets(entry, timeout=10)
-                begin = TopicPartition(entry.topic, entry.partition, high)
-                consumer.commit(offsets=[begin], asynchronous=False)
+            if entry.offset >= 0:
+                continue
+            # One that was made after us holds what happened since: its first message, often the one that made it, may
+            # be there before we hear of it.
+            old = (entry.topic, entry.partition) in self._old
+            _, end = consumer.get_watermark_offsets(entry, timeout=10) if old else (0, 0)
+            begin.append(TopicPartition(entry.topic, entry.partition, end))
+        if begin:
+            # All at once: half of it would look like a topic that the group has read before.
+            consumer.commit(offsets=begin, asynchronous=False)
 
     def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         consumer.incremental_unassign(partitions)
@@ -308,7 +354,8 @@ class Processor:
 
     def _handled(self, delivery: Delivery) -> Outcome:
         try:
-            return self._actions.handle(delivery.topic, delivery.payload)
+            sent = None if delivery.created is None else datetime.fromtimestamp(delivery.created, UTC)
+            return self._actions.handle(delivery.topic, delivery.payload, sent)
         except RetryError:
             raise
         except Exception as error:

@@ -33,9 +33,9 @@ def _stop(code: int, message: object) -> typer.Exit:
     return typer.Exit(code)
 
 
-def _parameters(path: Path | None) -> dict[str, Any]:
+def _parameters(path: Path | None) -> dict[str, Any] | None:
     if path is None:
-        return {}
+        return None
     try:
         document = config_file.read(path).value
     except ConfigError as error:
@@ -104,6 +104,9 @@ def backfill(
     parameters: Annotated[
         Path | None, typer.Option(help="File (YAML or JSON) with what the DAG gets as `parameters`.", dir_okay=False)
     ] = None,
+    location: Annotated[
+        str | None, typer.Option(help="Data centre where the files are waited for, as the logbook names it.")
+    ] = None,
     max_active: Annotated[int, typer.Option(min=1, help="DAG runs under way at a time.")] = 4,
     reprocess: Annotated[Reprocess, typer.Option(help="Which runs that have ended are processed again.")] = (
         Reprocess.NONE
@@ -143,7 +146,9 @@ def backfill(
         raise _stop(2, error) from error
     except ValidationError as error:
         raise _stop(2, "; ".join(str(problem["msg"]) for problem in error.errors(include_url=False))) from error
-    work = Backfill(client, dag_id=dag, experiment=experiment, name=name, parameters=_parameters(parameters))
+    work = Backfill(
+        client, dag_id=dag, experiment=experiment, name=name, parameters=_parameters(parameters), location=location
+    )
     planned: list[Progress] = []
     with client:
         try:
@@ -158,7 +163,7 @@ def backfill(
                         poll_s=poll,
                         show=lambda entries: bar.update(task, completed=sum(entry.ended for entry in entries)),
                     )
-        except ConfigError as error:
+        except (RunsError, ConfigError) as error:
             raise _stop(2, error) from error
         except AirflowUnavailableError as error:
             raise _stop(3, error) from error

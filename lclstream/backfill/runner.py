@@ -6,6 +6,7 @@ its DAG runs to Airflow, and the next one finds them by their ids.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from lclstream.arp.airflow_rest import AirflowClient, AirflowRefusalError, AirflowUnavailableError
-from lclstream.backfill.runs import Reprocess, Step, backfill_run_id, step
+from lclstream.backfill.runs import Reprocess, RunsError, Step, backfill_run_id, step
 from lclstream.elog.models import RunNumber
 
 Answer = TypeVar("Answer")
@@ -26,14 +27,14 @@ _NOT_FOUND = 404
 class BackfillAirflow(AirflowClient):
     """Airflow's REST interface with the one call more that a backfill needs."""
 
-    def state(self, dag_id: str, dag_run_id: str) -> str | None:
-        """A DAG run's state; None when there is none.
+    def found(self, dag_id: str, dag_run_id: str) -> dict[str, Any] | None:
+        """A DAG run as Airflow knows it; None when there is none.
 
         Raises:
             AirflowError: Airflow could not be asked, or refuses.
         """
         try:
-            return str(self.dag_run(dag_id, dag_run_id)["state"])
+            return self.dag_run(dag_id, dag_run_id)
         except AirflowRefusalError as error:
             if error.status != _NOT_FOUND:
                 raise
@@ -81,7 +82,8 @@ class Backfill:
         dag_id: the DAG.
         experiment: the experiment.
         name: tells several backfills of the same runs apart; part of the DAG runs' ids.
-        parameters: what the DAG gets as ``conf["parameters"]``.
+        parameters: what the DAG gets as ``conf["parameters"]``; None: nothing, and one that is there keeps its own.
+        location: data centre where the runs' files are; None: what the DAG has by itself.
         patience_s: how long Airflow may be away, in seconds.
         sleep: for tests.
     """
@@ -93,7 +95,8 @@ class Backfill:
         dag_id: str,
         experiment: str,
         name: str,
-        parameters: dict[str, Any],
+        parameters: dict[str, Any] | None,
+        location: str | None = None,
         patience_s: float = 300.0,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -101,7 +104,9 @@ class Backfill:
         self._dag_id = dag_id
         self._experiment = experiment
         self._name = name
-        self._parameters = parameters
+        self._given: dict[str, Any] = {} if parameters is None else {"parameters": parameters}
+        if location is not None:
+            self._given["location"] = location
         self._patience_s = patience_s
         self._sleep = sleep
 
@@ -110,14 +115,27 @@ class Backfill:
 
         Raises:
             AirflowError: Airflow could not be asked.
-            RunsError: a DAG run's id would be too long.
+            RunsError: a DAG run's id would be too long, or one that is to run again has other parameters or another
+                location, which would stay.
         """
         planned = []
         for run in runs:
             made = backfill_run_id(self._experiment, run, self._name)
-            state = self._insist(partial(self._airflow.state, self._dag_id, made))
+            found = self._insist(partial(self._airflow.found, self._dag_id, made))
+            state = None if found is None else str(found["state"])
             planned.append(Progress(run, made, step(state, reprocess), state))
+            if found is not None and planned[-1].step is Step.CLEAR:
+                self._check_same(made, found.get("conf") or {})
         return planned
+
+    def _check_same(self, dag_run_id: str, conf: dict[str, Any]) -> None:
+        for key, value in self._given.items():
+            # As Airflow has it: JSON knows only text as a key.
+            if conf.get(key) != json.loads(json.dumps(value)):
+                raise RunsError(
+                    f"--{key}: DAG run {dag_run_id} was made with another value, which running it again "
+                    f"does not change: leave out --{key}, or choose another --name for new DAG runs"
+                )
 
     def work(
         self, planned: list[Progress], *, max_active: int, poll_s: float, show: Callable[[list[Progress]], None]
@@ -136,8 +154,9 @@ class Backfill:
         while True:
             active = [entry for entry in planned if entry.step is Step.FOLLOW and not entry.ended]
             for entry in active:
-                entry.state = self._insist(partial(self._airflow.state, self._dag_id, entry.dag_run_id))
-                if entry.state is None:
+                found = self._insist(partial(self._airflow.found, self._dag_id, entry.dag_run_id))
+                entry.state = None if found is None else str(found["state"])
+                if found is None:
                     # Somebody has deleted it: that is an end, too.
                     entry.step = Step.SKIP
             room = max_active - sum(entry.step is Step.FOLLOW and not entry.ended for entry in planned)
@@ -158,7 +177,8 @@ class Backfill:
             "run": entry.run,
             "trigger": "BACKFILL",
             "definition": self._name,
-            "parameters": self._parameters,
+            "parameters": {},
+            **self._given,
         }
         # False: an earlier request made it whose answer was lost.
         self._airflow.create_dag_run(self._dag_id, entry.dag_run_id, conf)

@@ -151,7 +151,7 @@ def end_run(experiment: str, end_time: datetime | None) -> Call[RunDocument]:
 
 
 def current_run(experiment: str, skip_closed: bool) -> Call[RunDocument | None]:
-    """``current_run``: the one with the highest number."""
+    """``current_run``: the one that was started last."""
     query = {"skipClosedRuns": "true"} if skip_closed else {}
     path = _ws("run_control", experiment, "current_run")
     return Call("GET", path, _RUN_OR_NONE, query, empty_is_failure=False)

@@ -55,6 +55,14 @@ class Run(Base):
     document: Mapped[dict[str, Any]] = mapped_column(JsonText)
 
 
+class LatestRun(Base):
+    """Which run of an experiment was started last: neither numbers, names nor begin times, which are given, tell."""
+
+    __tablename__ = "latest_runs"
+    experiment: Mapped[str] = mapped_column(String(64), primary_key=True)
+    run_id: Mapped[str] = mapped_column(String(24))
+
+
 class File(Base):
     """A file of a run."""
 

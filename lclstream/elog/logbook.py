@@ -7,6 +7,7 @@ about something that did not happen. Any thread may call; the database orders th
 from __future__ import annotations
 
 import json
+import math
 import re
 import secrets
 import time
@@ -19,13 +20,16 @@ from sqlalchemy import Engine, func, select
 from sqlalchemy.orm import Session
 
 from lclstream.elog.config import EXPERIMENT_PATTERN, LocationConfig
-from lclstream.elog.database import Definition, Entry, Experiment, File, Job, Message, Run
+from lclstream.elog.database import Definition, Entry, Experiment, File, Job, LatestRun, Message, Run
 from lclstream.elog.models import RunNumber, Trigger, escape_name, run_number
 
 Document = dict[str, Any]
 
 #: Largest run number a 64-bit column takes.
 _MAX_RUN = 2**63 - 1
+#: Bytes of a message that a change may make. Producers take 1,000,000, brokers little more, and one that is not taken
+#: holds up all others. The rest is for what comes without being asked whether it fits, such as a run's end.
+MAX_MESSAGE_BYTES = 900_000
 _UPDATABLE_JOB_FIELDS = ("status", "counters", "tool_id", "log_file_path")
 
 
@@ -74,11 +78,33 @@ class _Book:
         self.published = False
 
     def publish(self, topic: str, crud: str, value: Document) -> None:
-        envelope = {"experiment_name": self.name, "CRUD": crud, "value": value}
-        self.session.add(Message(topic=topic, payload=json.dumps(envelope), created=time.time()))
-        # Messages go out by their number, so each gets it at once.
-        self.session.flush()
-        self.published = True
+        """Write a message about a change.
+
+        Raises:
+            RefusedError: the message would be too large for a broker.
+        """
+        size = self._send(topic, crud, value, MAX_MESSAGE_BYTES)
+        if size > MAX_MESSAGE_BYTES:
+            raise RefusedError(
+                f"the {topic} message of experiment {self.name} would have {size} bytes, and Kafka takes at most "
+                f"{MAX_MESSAGE_BYTES}: write large values to a file and give its path"
+            )
+
+    def publish_end(self, run: Document, said: Document) -> None:
+        """Write the message about a run's end, which is never refused: without its list of files if need be."""
+        if self._send("runs", "Update", run | said, MAX_MESSAGE_BYTES) > MAX_MESSAGE_BYTES:
+            self._send("runs", "Update", run | {"duration": said["duration"]})
+
+    def _send(self, topic: str, crud: str, value: Document, at_most: float = math.inf) -> int:
+        """Put a message into the outbox unless it has more bytes than that; how many it has."""
+        payload = json.dumps({"experiment_name": self.name, "CRUD": crud, "value": value})
+        # ASCII: as many bytes as characters.
+        if len(payload) <= at_most:
+            self.session.add(Message(topic=topic, payload=payload, created=time.time()))
+            # Messages go out by their number, so each gets it at once.
+            self.session.flush()
+            self.published = True
+        return len(payload)
 
     def run(self, num: RunNumber) -> Run:
         found = self.session.scalar(select(Run).where(Run.experiment == self.name, Run.num_text == _text(num)))
@@ -87,7 +113,10 @@ class _Book:
         return found
 
     def current(self) -> Run | None:
-        # The highest number, as the logbook has it; names come after numbers.
+        latest = self.session.get(LatestRun, self.name)
+        if latest is not None:
+            return self.session.get(Run, latest.run_id)
+        # A database from before the table of latest runs: the highest number, and names come after numbers.
         order = (Run.num_int.is_(None).desc(), Run.num_int.desc(), Run.num_text.desc())
         return self.session.scalar(select(Run).where(Run.experiment == self.name).order_by(*order).limit(1))
 
@@ -220,6 +249,7 @@ class Logbook:
                     document=document,
                 )
             )
+            book.session.merge(LatestRun(experiment=book.name, run_id=document["_id"]))
             book.publish("runs", "Create", document)
             return document
 
@@ -227,12 +257,9 @@ class Logbook:
         run.document = run.document | {"end_time": end_time.isoformat()}
         begin = datetime.fromisoformat(run.document["begin_time"])
         # Duration and files belong to the message and the answer; the stored document has neither.
-        said = run.document | {
-            "duration": (end_time - begin).total_seconds(),
-            "file_catalog": book.files(run.document["num"]),
-        }
-        book.publish("runs", "Update", said)
-        return said
+        said = {"duration": (end_time - begin).total_seconds(), "file_catalog": book.files(run.document["num"])}
+        book.publish_end(run.document, said)
+        return run.document | said
 
     def end_run(self, experiment: str, end_time: datetime | None = None) -> Document:
         """End the current run. Ending it again sets a new end, as in the original."""
@@ -240,7 +267,7 @@ class Logbook:
             return self._end(book, book.run_or_current(None), end_time or now())
 
     def current_run(self, experiment: str, *, skip_closed: bool = False) -> Document | None:
-        """The run with the highest number."""
+        """The run that was started last."""
         with self._reading(experiment) as book:
             run = book.current()
             if run is None or (skip_closed and run.document["end_time"] is not None):

@@ -7,6 +7,7 @@ know and the whole document is handed on. Times are aware; a naive one means UTC
 from __future__ import annotations
 
 import json
+import re
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any
@@ -41,12 +42,13 @@ def unescape_name(name: str) -> str:
     return name
 
 
+# Python's int() also takes "0007" and "2024_01", which are names, and runs of their own.
+_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,99}")
+
+
 def run_number(text: str | int) -> RunNumber:
-    """A run's number out of a path, an option or a form: an integer where it is one, otherwise the text itself."""
-    try:
-        return int(text)
-    except ValueError:
-        return text
+    """A run's number out of a path, an option or a form: an integer if written as one, otherwise the text itself."""
+    return int(text) if isinstance(text, int) or _INTEGER.fullmatch(text) else text
 
 
 class Document(BaseModel):

@@ -175,7 +175,7 @@ def _end_run(book: _Book, experiment: _Experiment, end_time: _OptionalQueryTime 
 def _current_run(
     book: _Book, experiment: _Experiment, skip_closed: Annotated[bool, Query(alias="skipClosedRuns")] = False
 ) -> Response:
-    """The run with the highest number."""
+    """The run that was started last."""
     run = book.current_run(experiment, skip_closed=skip_closed)
     return _LogbookJson({"success": run is not None, "value": run})
 

@@ -80,10 +80,23 @@ class Topics:
         consumer.close()
         return int(offset)
 
+    def held(self, topic: str, partition: int = 0) -> tuple[int, int]:
+        """The first offset the broker still has, and the next one it will give."""
+        consumer = Consumer({"bootstrap.servers": self.bootstrap_servers, "group.id": uuid.uuid4().hex})
+        low, high = consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=10)
+        consumer.close()
+        return low, high
+
 
 @pytest.fixture
 def topics(broker: EmbeddedKafka) -> Topics:
     return Topics(broker.bootstrap_servers)
+
+
+@pytest.fixture
+def make_topics() -> Callable[[EmbeddedKafka], Topics]:
+    """``make_topics(broker)`` for a broker that is not everybody's."""
+    return lambda broker: Topics(broker.bootstrap_servers)
 
 
 def run_message(number: int | str, crud: str = "Create", experiment: str = "mfx1", **fields: Any) -> dict[str, Any]:

@@ -162,6 +162,24 @@ def test_a_dag_run_is_watched_and_killed_in_the_logbook(
     assert set(shown().values()) == {"EXITED"}
 
 
+def test_jobs_that_the_group_shows_are_no_requests_whether_or_not_this_one_shows_any(
+    logbook: ElogClient, start_arp: Any, airflow: Any, sites: Any, wait_until: Any
+) -> None:
+    logbook.create_update_workflow_def("mfx1", definition("on_start", "START_OF_RUN"))
+    logbook.start_run("mfx1")
+    for login in ("arp", "arp2"):
+        with ElogClient(logbook.base_url, sites["s3df"].member(login)) as member:
+            member.create_workflow_job("mfx1", "on_start", 1)
+    asked = logbook.create_workflow_job("mfx1", "on_start", 1)
+    start_arp(
+        definitions={"elog": logbook.base_url, "file": None},
+        jobs={"show": False, "logins": ["arp2"]},
+        kafka={"topics": ["workflow_jobs"]},
+    )
+    wait_until(airflow.ids, 20, "DAG run")
+    assert airflow.ids() == [f"mfx1__r0001__manual__on_start__{asked.id}"]
+
+
 def test_only_the_logbook_may_kill(
     logbook: ElogClient, start_arp: Any, airflow: Any, sites: Any, arp_port: int, wait_until: Any
 ) -> None:

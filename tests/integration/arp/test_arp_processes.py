@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,16 @@ def test_a_run_that_starts_and_ends_makes_one_dag_run_each_and_commits_after_the
     start_arp: Any, airflow: Any, topics: Any, run_message: Any, wait_until: Any
 ) -> None:
     child = start_arp()
-    end = {"end_time": "2026-03-01T12:01:00+00:00"}
+    end = {"end_time": datetime.now(UTC).isoformat()}
     topics.send(
         "runs",
         run_message(7, params={"x": float("nan"), "A\uff0eB": float("inf")}, unknown_field=1),
         run_message(7, "Update", params={"gas": 1}),
         run_message(7, "Update", **end, duration=60.0, file_catalog=[]),
         run_message(7, "Update", **end, params={"events": 200}),
+        run_message(6, "Update", end_time="2026-03-01T12:01:00+00:00", params={"reprocessed": True}),
     )
-    wait_until(lambda: topics.committed("arp") == 4, 20, "commit of all four messages")
+    wait_until(lambda: topics.committed("arp") == 5, 20, "commit of all five messages")
     assert airflow.ids() == [STREAM.format(7), REDUCE.format(7)]
     assert [status for *_, status in airflow.attempts] == [200, 200]
     conf = airflow.conf(STREAM.format(7))
@@ -153,7 +155,7 @@ def test_killed_between_creation_and_commit_the_next_one_finds_the_dag_run(
 def test_run_numbers_that_are_text_and_ends_that_come_before_starts_make_one_dag_run_each(
     start_arp: Any, airflow: Any, run_message: Any, wait_until: Any
 ) -> None:
-    end = {"end_time": "2026-03-01T12:01:00+00:00"}
+    end = {"end_time": "2026-03-01T12:01:00+00:00", "duration": 60.0}
     with EmbeddedKafka(["runs", "file_catalog", "workflow_jobs", "arp-dead-letter"], partitions=2) as broker:
         start_arp(kafka={"bootstrap_servers": broker.bootstrap_servers})
         producer = Producer({"bootstrap.servers": broker.bootstrap_servers})
@@ -308,3 +310,57 @@ def test_a_group_that_starts_now_ignores_what_was_before_and_remembers_where_it_
     topics.send("runs", run_message(2))
     start_arp(kafka={"start": "latest"})
     wait_until(lambda: airflow.ids() == [STREAM.format(2)], 30, "the DAG run of what came meanwhile")
+
+
+def test_a_group_that_starts_now_reads_a_topic_that_is_made_later_from_its_beginning(
+    start_arp: Any, airflow: Any, run_message: Any, wait_until: Any, make_topics: Any
+) -> None:
+    with EmbeddedKafka(["arp-dead-letter"]) as broker:
+        kafka = {"bootstrap_servers": broker.bootstrap_servers, "start": "latest"}
+        child = start_arp(wait=False, kafka=kafka)
+        child.wait_for_output("Subscribed topic not available: runs", 30)
+        # Killed before its first commit: the next one sees the topic, and must not take it for an old one.
+        airflow.on_made = lambda _: os.kill(child.pid, signal.SIGKILL)
+        topics = make_topics(broker)
+        topics.send("runs", run_message(1), run_message(2), partition=0)
+        assert child.wait(40) == -signal.SIGKILL
+        airflow.on_made = None
+        start_arp(kafka=kafka)
+        wait_until(lambda: topics.committed("arp") == 2, 30, "commit")
+    assert airflow.ids() == [STREAM.format(1), STREAM.format(2)]
+
+
+def test_a_group_that_started_now_goes_on_with_what_the_broker_still_has_when_its_place_is_gone(
+    start_arp: Any, airflow: Any, topics: Any, run_message: Any, wait_until: Any
+) -> None:
+    child = start_arp(kafka={"start": "latest"})
+    topics.send("runs", run_message(1))
+    wait_until(lambda: topics.committed("arp") == 1, 20, "commit")
+    child.signal(signal.SIGTERM)
+    assert child.wait(10) == 0
+    # The embedded broker drops the oldest messages of a partition when it has more than 5 MB.
+    topics.send("runs", *(run_message(2, "Update", params={"filling": "x" * 500_000}) for _ in range(15)))
+    topics.send("runs", run_message(3))
+    low, high = topics.held("runs")
+    assert low > 1
+    start_arp(kafka={"start": "latest"})
+    wait_until(lambda: topics.committed("arp") == high, 30, "commit of all there are")
+    assert airflow.ids() == [STREAM.format(1), STREAM.format(3)]
+
+
+def test_a_dead_letter_that_would_be_too_large_says_reason_and_place_and_begins_as_the_message_does(
+    start_arp: Any, airflow: Any, topics: Any, run_message: Any, wait_until: Any
+) -> None:
+    start_arp()
+    # Each quote needs two bytes in the letter.
+    topics.send("runs", b'"' * 700_000, b"\xff" * 900_000, run_message(1))
+    text, binary = topics.read("arp-dead-letter", 2)
+    wait_until(lambda: topics.committed("arp") == 3, 20, "commit")
+    assert airflow.ids() == [STREAM.format(1)]
+    assert "not JSON" in text["reason"]
+    assert [(letter["topic"], letter["offset"], letter["size"]) for letter in (text, binary)] == [
+        ("runs", 0, 700_000),
+        ("runs", 1, 900_000),
+    ]
+    assert set(text["value"]) == {'"'}
+    assert binary["value_base64"].startswith("////")

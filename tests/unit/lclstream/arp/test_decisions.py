@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ from lclstream.elog.models import FileEntry, RunDocument, Trigger, WorkflowDefin
 
 SCOPE = Scope("s3df")
 ENDED = "2026-03-01T12:01:00+00:00"
+SENT = datetime(2026, 3, 1, 12, 1, 5, tzinfo=UTC)
+LONG_AGO = "2026-02-20T12:01:00+00:00"
 
 
 def definition(trigger: str = "START_OF_RUN", **changes: Any) -> WorkflowDefinition:
@@ -36,9 +39,11 @@ def definition(trigger: str = "START_OF_RUN", **changes: Any) -> WorkflowDefinit
     return WorkflowDefinition.model_validate(fields | changes)
 
 
-def run(crud: str = "Create", experiment: str = "mfx1", num: int | str = 7, **fields: Any) -> RunEvent:
+def run(
+    crud: str = "Create", experiment: str = "mfx1", num: int | str = 7, sent: datetime | None = SENT, **fields: Any
+) -> RunEvent:
     document = {"num": num, "end_time": None, **fields}
-    return RunEvent(experiment, Crud(crud), RunDocument.model_validate(document), document)
+    return RunEvent(experiment, Crud(crud), RunDocument.model_validate(document), document, sent)
 
 
 def file(path: str = "/r7-s00-c000.xtc2", *locations: str, crud: str = "Update") -> FileEvent:
@@ -91,6 +96,26 @@ def test_the_end_is_any_message_that_knows_it_and_has_one_id(crud: str) -> None:
     reduce = definition("END_OF_RUN")
     assert ids(decide(ended, [reduce], SCOPE)) == ids(decide(later, [reduce], SCOPE))
     assert decide(run("Update"), [reduce], SCOPE).not_for_us is not None
+
+
+@pytest.mark.parametrize(
+    ("update", "ends"),
+    [
+        (run("Update", end_time=LONG_AGO, params={"hits": 1}), False),
+        (run("Update", end_time="2026-02-28T12:01:00+00:00"), False),
+        (run("Update", end_time="2026-02-28T12:02:00+00:00"), True),
+        (run("Update", end_time="2026-03-01T12:03:00+00:00"), True),
+        (run("Update", end_time=LONG_AGO, duration=0.0), True),
+        (run("Update", end_time=LONG_AGO, sent=None), True),
+    ],
+)
+def test_an_update_of_a_run_that_ended_long_ago_is_its_end_only_if_it_says_how_long_the_run_took(
+    update: RunEvent, ends: bool
+) -> None:
+    there = catalogue(entry("/a", "s3df"), end_time=LONG_AGO)
+    for trigger in ("END_OF_RUN", "ALL_FILES_TRANSFERRED", "ALL_NONREC_FILES_TRANSFERRED"):
+        assert bool(decide(update, [definition(trigger)], SCOPE, there).dag_runs) is ends
+    assert needs_catalogue(update, [definition("ALL_FILES_TRANSFERRED")]) is ends
 
 
 @pytest.mark.parametrize(

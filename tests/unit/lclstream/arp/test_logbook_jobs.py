@@ -25,7 +25,8 @@ from lclstream.elog.client import ElogError
 from lclstream.elog.models import RunDocument, WorkflowDefinition, WorkflowJob
 from lclstream.security.errors import PeerError, UnreachableError
 
-SCOPE = Scope("s3df", login="arp")
+LOGINS = frozenset({"arp", "arp2"})
+SCOPE = Scope("s3df", logins=LOGINS)
 DEFINITION = WorkflowDefinition.model_validate(
     {"_id": "d1", "name": "stream", "executable": "airflow:stream_run", "trigger": "START_OF_RUN", "location": "s3df"}
 )
@@ -114,7 +115,7 @@ def wanted() -> DagRun:
 
 def start(airflow: Airflow, logbook: Logbook) -> Any:
     message = b'{"experiment_name": "mfx1", "CRUD": "Create", "value": {"num": 7, "end_time": null}}'
-    processor = Actions(SCOPE, logbook, airflow, logbook, JobEntries(logbook, "arp"))  # type: ignore[arg-type]
+    processor = Actions(SCOPE, logbook, airflow, logbook, JobEntries(logbook, LOGINS))  # type: ignore[arg-type]
     return processor.handle("runs", message)
 
 
@@ -150,7 +151,16 @@ def test_a_dag_run_gets_one_job_however_often_its_event_comes() -> None:
 
 def test_killed_between_job_and_dag_run_the_next_one_takes_the_job_there_is() -> None:
     airflow, logbook = Airflow(), Logbook()
-    assert JobEntries(logbook, "arp").entry_for(wanted()) == ("j1", True)  # type: ignore[arg-type]
+    assert JobEntries(logbook, LOGINS).entry_for(wanted()) == ("j1", True)  # type: ignore[arg-type]
+    start(airflow, logbook)
+    assert list(logbook.jobs) == ["j1"]
+    assert airflow.runs[("stream_run", NAME)]["conf"]["job_id"] == "j1"
+
+
+def test_the_job_that_another_of_the_group_made_is_taken() -> None:
+    airflow, logbook = Airflow(), Logbook()
+    logbook.create_workflow_job("mfx1", "stream", 7)
+    logbook.jobs["j1"]["user"] = "arp2"
     start(airflow, logbook)
     assert list(logbook.jobs) == ["j1"]
     assert airflow.runs[("stream_run", NAME)]["conf"]["job_id"] == "j1"
@@ -170,8 +180,9 @@ def test_a_logbook_that_shows_nothing_does_not_keep_a_dag_run_from_being_made() 
     assert airflow.runs[("stream_run", NAME)]["conf"]["job_id"] is None
 
 
-def test_our_own_jobs_are_nobodys_request() -> None:
-    job = WorkflowJob.model_validate({"_id": "j1", "run_num": 7, "user": "arp", "def": DEFINITION.document()})
+@pytest.mark.parametrize("user", ["arp", "arp2"])
+def test_jobs_of_any_of_the_group_are_nobodys_request(user: str) -> None:
+    job = WorkflowJob.model_validate({"_id": "j1", "run_num": 7, "user": user, "def": DEFINITION.document()})
     decision = decide(JobEvent("mfx1", Crud.CREATE, job), [], SCOPE)
     assert decision.not_for_us is not None
     assert "our own" in decision.not_for_us.reason
@@ -238,7 +249,7 @@ def job(user: str, **changes: Any) -> WorkflowJob:
     )
 
 
-@pytest.mark.parametrize(("user", "name"), [("arp", NAME), ("bob", "mfx1__r0007__manual__stream__j1")])
+@pytest.mark.parametrize(("user", "name"), [("arp", NAME), ("arp2", NAME), ("bob", "mfx1__r0007__manual__stream__j1")])
 def test_killing_a_job_fails_its_dag_run_and_says_who_asked(user: str, name: str) -> None:
     airflow = Airflow()
     airflow.create_dag_run("stream_run", name, {})

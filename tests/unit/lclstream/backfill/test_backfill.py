@@ -86,12 +86,12 @@ def run(airflow: Any, tmp_path: Path) -> Any:
     password = tmp_path / "password"
     password.write_text("secret")
     password.chmod(0o600)
-    parameters = tmp_path / "parameters.yaml"
-    parameters.write_text("stream_config: /a.yaml\nanalysis_job: /b.yaml\n")
+    file = tmp_path / "parameters.yaml"
+    file.write_text("stream_config: /a.yaml\nanalysis_job: /b.yaml\n")
 
-    def command(*words: str) -> Any:
-        options = ["--airflow", airflow.url, "--password-file", str(password), "--parameters", str(parameters)]
-        options += ["--poll", "0.05"]
+    def command(*words: str, parameters: bool = True) -> Any:
+        options = ["--airflow", airflow.url, "--password-file", str(password), "--poll", "0.05"]
+        options += ["--parameters", str(file)] if parameters and "--parameters" not in words else []
         return CliRunner().invoke(app, [*words, *options])
 
     return command
@@ -119,6 +119,52 @@ def test_what_was_done_is_not_done_again_unless_asked(run: Any, airflow: SmallAi
     assert run("mfx100", "1..3", "--reprocess", "completed").exit_code == 0
     assert len(airflow.cleared) == 4
     assert len(airflow.runs) == 3
+
+
+def test_other_parameters_or_another_place_for_a_dag_run_there_is_are_refused_and_not_ignored(
+    run: Any, airflow: SmallAirflow, tmp_path: Path
+) -> None:
+    failing = "mfx100__r0002__backfill__backfill"
+    airflow.fails = {failing}
+    assert run("mfx100", "1..3").exit_code == 1
+    airflow.fails = set()
+    corrected = tmp_path / "corrected.yaml"
+    corrected.write_text("stream_config: /corrected.yaml\nanalysis_job: /b.yaml\n")
+    for words in (["--parameters", str(corrected)], ["--location", "S3DF"]):
+        answer = run("mfx100", "1..3", "--reprocess", "failed", *words)
+        assert answer.exit_code == 2, answer.output
+        assert failing in answer.output
+        assert words[0] in answer.output
+        assert "--name" in answer.output
+    assert airflow.cleared == []
+    # Runs that are not processed again keep what they had, and new ones get the new.
+    assert run("mfx100", "1,4", "--reprocess", "failed", "--parameters", str(corrected)).exit_code == 0
+    assert airflow.runs["mfx100__r0004__backfill__backfill"]["conf"]["parameters"]["stream_config"] == "/corrected.yaml"
+
+
+def test_without_a_file_of_parameters_a_run_is_processed_again_with_those_it_had(
+    run: Any, airflow: SmallAirflow
+) -> None:
+    failing = "mfx100__r0002__backfill__backfill"
+    airflow.fails = {failing}
+    assert run("mfx100", "2").exit_code == 1
+    airflow.fails = set()
+    assert run("mfx100", "2", "--reprocess", "failed", parameters=False).exit_code == 0
+    assert airflow.cleared == [failing]
+
+
+def test_the_location_reaches_the_dag(run: Any, airflow: SmallAirflow) -> None:
+    assert run("mfx100", "1", "--location", "S3DF").exit_code == 0
+    assert airflow.runs["mfx100__r0001__backfill__backfill"]["conf"]["location"] == "S3DF"
+    assert run("mfx100", "2").exit_code == 0
+    # A DAG may have a default of its own.
+    assert "location" not in airflow.runs["mfx100__r0002__backfill__backfill"]["conf"]
+
+
+def test_a_name_that_makes_too_long_an_id_is_said(run: Any) -> None:
+    answer = run("mfx100", "1", "--name", "x" * 300)
+    assert answer.exit_code == 2
+    assert "choose a shorter --name" in answer.output
 
 
 def test_a_dry_run_changes_nothing(run: Any, airflow: SmallAirflow) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,48 @@ def test_runs_may_have_names_instead_of_numbers(book: Logbook) -> None:
     assert current is not None
     assert current["num"] == "grid7_0012"
     assert book.run("cryo01", "grid7_0012")["type"] == "DATA"
+
+
+def test_a_name_of_digits_is_another_run_than_the_number(book: Logbook) -> None:
+    for name in ("0007", "7", "2024_01"):
+        book.start_run("cryo01", run_num=name)
+    assert [book.run("cryo01", name)["num"] for name in ("0007", "7", "2024_01")] == ["0007", 7, "2024_01"]
+
+
+def test_after_a_run_with_a_name_the_end_ends_the_run_that_was_started_last(book: Logbook, engine: Engine) -> None:
+    book.start_run(EXPERIMENT)
+    book.start_run(EXPERIMENT, run_num="alignment")
+    book.end_run(EXPERIMENT)
+    assert book.start_run(EXPERIMENT)["num"] == 2
+    assert book.end_run(EXPERIMENT)["num"] == 2
+    assert (book.current_run(EXPERIMENT) or {})["num"] == 2
+
+
+def test_after_a_run_with_a_name_the_next_start_ends_the_run_that_was_open(book: Logbook, engine: Engine) -> None:
+    book.start_run(EXPERIMENT)
+    book.start_run(EXPERIMENT, run_num="alignment")
+    book.end_run(EXPERIMENT)
+    book.start_run(EXPERIMENT)
+    book.start_run(EXPERIMENT)
+    assert book.run(EXPERIMENT, "2")["end_time"] is not None
+    said = [(m["CRUD"], m["value"]["num"]) for m in messages(engine, "runs")[-3:]]
+    assert said == [("Create", 2), ("Update", 2), ("Create", 3)]
+
+
+def test_a_run_started_earlier_by_the_clock_but_later_in_fact_is_the_current_one(book: Logbook) -> None:
+    book.start_run(EXPERIMENT, run_num="5")
+    book.start_run(EXPERIMENT, run_num="3", start_time=datetime(2020, 1, 1, tzinfo=UTC))
+    assert book.end_run(EXPERIMENT)["num"] == 3
+
+
+def test_in_a_database_from_before_the_highest_number_is_the_current_run(book: Logbook, engine: Engine) -> None:
+    book.start_run(EXPERIMENT, run_num="5")
+    with engine.begin() as connection:
+        connection.exec_driver_sql("DROP TABLE latest_runs")
+    open_database(str(engine.url)).dispose()
+    assert book.end_run(EXPERIMENT)["num"] == 5
+    assert book.start_run(EXPERIMENT)["num"] == 6
+    assert book.end_run(EXPERIMENT)["num"] == 6
 
 
 def test_current_run_can_leave_out_closed_ones(book: Logbook) -> None:
@@ -262,3 +305,43 @@ def test_the_outbox_says_how_much_waits_and_since_when(book: Logbook) -> None:
     count, oldest = book.waiting()
     assert count == 2
     assert oldest is not None
+
+
+def test_what_no_broker_takes_is_refused_and_changes_nothing(book: Logbook, engine: Engine) -> None:
+    book.start_run(EXPERIMENT, params={"gas": 1})
+    book.write_definition(EXPERIMENT, STREAM | {"parameters": "x" * 1_000_000}, "alice")
+    before = messages(engine, "runs")
+    much = {"image": "x" * 1_000_000}
+    for refused in (
+        lambda: book.add_run_params(EXPERIMENT, much),
+        lambda: book.start_run(EXPERIMENT, params=much),
+        lambda: book.register_file(EXPERIMENT, {"path": "/a.xtc2", **much}),
+        lambda: book.create_job(EXPERIMENT, "stream", 1, "alice"),
+    ):
+        with pytest.raises(RefusedError, match=r"would have 100\d{4} bytes.*at most 900000: .*path"):
+            refused()
+    assert messages(engine, "runs") == before
+    current = book.current_run(EXPERIMENT)
+    assert current is not None
+    assert (current["params"], current["end_time"]) == ({"gas": 1}, None)
+
+
+def test_the_end_of_a_run_with_too_many_files_is_told_without_them(book: Logbook, engine: Engine) -> None:
+    book.start_run(EXPERIMENT)
+    for number in range(4):
+        book.register_file(EXPERIMENT, {"path": f"/{number}.xtc2", "index": "x" * 300_000})
+    ended = book.end_run(EXPERIMENT)
+    assert len(ended["file_catalog"]) == 4
+    told = messages(engine, "runs")[-1]["value"]
+    assert "file_catalog" not in told
+    assert (told["end_time"], told["duration"]) == (ended["end_time"], ended["duration"])
+
+
+def test_a_run_that_is_as_large_as_it_can_be_ends_and_the_next_one_starts(book: Logbook, engine: Engine) -> None:
+    document = book.start_run(EXPERIMENT, params={"fill": ""})
+    envelope = {"experiment_name": EXPERIMENT, "CRUD": "Update", "value": document}
+    book.add_run_params(EXPERIMENT, {"fill": "x" * (900_000 - len(json.dumps(envelope)))})
+    with pytest.raises(RefusedError):
+        book.add_run_params(EXPERIMENT, {"one": "more"})
+    assert book.start_run(EXPERIMENT)["num"] == 2
+    assert messages(engine, "runs")[-2]["value"]["duration"] >= 0

@@ -24,9 +24,16 @@ def test_unknown_fields_are_kept_and_unset_ones_stay_absent() -> None:
     assert RunDocument.model_validate(document).document() == document
 
 
-@pytest.mark.parametrize(("text", "number"), [("7", 7), ("grid7", "grid7"), (7, 7), ("0007", 7)])
-def test_run_numbers_are_integers_where_they_can_be(text: str, number: int | str) -> None:
+@pytest.mark.parametrize(
+    ("text", "number"), [("7", 7), (7, 7), ("120", 120), ("0", 0), ("-4", -4), (str(2**63), 2**63)]
+)
+def test_what_is_written_like_a_run_number_is_one(text: str, number: int) -> None:
     assert run_number(text) == number
+
+
+@pytest.mark.parametrize("name", ["grid7", "0007", "2024_01", "+7", " 7", "7\n", "\u0667", "-0", "", "9" * 5000])
+def test_a_name_with_digits_stays_a_name(name: str) -> None:
+    assert run_number(name) == name
 
 
 def test_names_are_escaped_and_back() -> None:
