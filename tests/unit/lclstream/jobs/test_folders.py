@@ -10,13 +10,14 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import psik
 import pytest
 from anyio import Path as AnyioPath
 from pydantic import SecretStr
 
 from lclstream.jobs import folders
 from lclstream.jobs.models import JobSpec, JobState, ResourceSpec, Transition
+
+psik = pytest.importorskip("psik", reason="the published psik goes together with Airflow on Python 3.11 only")
 
 
 def make(prefix: Path, spec: JobSpec, key: str | None = None) -> folders.JobFolder:
