@@ -88,6 +88,7 @@ class Driver:
         config: the service's configuration.
         reader: makes a reader of a buffer's status from its URL.
         in_thread: runs a method of the store in a thread.
+        timely: whether the clocks can be trusted: not while the time the database was away has still to be added.
 
     Attributes:
         documents: the buffers' last status documents.
@@ -101,6 +102,7 @@ class Driver:
         config: ApiConfig,
         reader: Callable[[str], StatusReader],
         in_thread: Callable[..., Awaitable[Any]],
+        timely: Callable[[], bool],
     ) -> None:
         self.transfer = transfer
         self.documents: list[dict[str, Any] | None] | None = None
@@ -109,6 +111,7 @@ class Driver:
         self._config = config
         self._reader = reader
         self._in_thread = in_thread
+        self._timely = timely
         self._news = asyncio.Event()
         self._readers: dict[str, StatusReader] = {}
         self._trouble: dict[str, str] = {}
@@ -122,6 +125,9 @@ class Driver:
 
     async def run(self) -> None:
         """Drive the transfer until it is released."""
+        # What happened while nobody looked comes before what ran out meanwhile: a transfer whose jobs have ended well
+        # is not late.
+        looked = False
         try:
             while True:
                 self._news.clear()
@@ -130,11 +136,13 @@ class Driver:
                     return
                 if self.documents is None:
                     self.documents = list(row.buffers)
-                if await self._clocks(row) or await self._effects() or await self._jobs_news(row):
+                if looked and await self._clocks(row):
                     continue
-                if await self._buffers_news(row):
+                if await self._effects() or await self._jobs_news(row) or await self._buffers_news(row):
                     continue
-                await self._rest(row)
+                if looked:
+                    await self._rest(row)
+                looked = True
         finally:
             for reader in self._readers.values():
                 await reader.aclose()
@@ -143,7 +151,7 @@ class Driver:
     # Clocks
 
     async def _clocks(self, row: TransferRow) -> bool:
-        if State(row.state).final:
+        if State(row.state).final or not self._timely():
             return False
         now = self._store.clock()
         if row.lease_expires is not None and now >= row.lease_expires:
@@ -176,7 +184,7 @@ class Driver:
         if self._effects_due > now:
             due.append(self._effects_due)
         for moment in (row.lease_expires, row.deadline):
-            if moment is not None and not State(row.state).final:
+            if moment is not None and not State(row.state).final and self._timely():
                 due.append(now + moment - self._store.clock())
         try:
             await asyncio.wait_for(self._news.wait(), max(0.01, min(due) - now))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from lclstream.api import launch
 from lclstream.api.config import ApiConfig
@@ -231,6 +232,116 @@ async def test_a_lease_that_is_not_renewed_ends_the_transfer(scene: Scene) -> No
     scene.nothing_is_left()
 
 
+class Outage:
+    """The database, which can be away; and a clock that is put on."""
+
+    def __init__(self, scene: Scene) -> None:
+        self.scene = scene
+        self.away = False
+        self.refused: list[str] = []
+        self.now = scene.store.clock()
+        scene.store.clock = lambda: self.now
+
+    def __getattr__(self, name: str) -> Any:
+        real = getattr(self.scene.store, name)
+        if name == "clock":
+            return real
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self.away:
+                self.refused.append(name)
+                raise OperationalError(name, None, ConnectionError("the database is away"))
+            return real(*args, **kwargs)
+
+        return call
+
+    def moments(self) -> tuple[float | None, float | None]:
+        row = self.scene.store.get(self.scene.number)
+        assert row is not None
+        return row.deadline, row.lease_expires
+
+
+async def test_what_the_jobs_did_while_the_service_was_away_counts_and_not_the_time(scene: Scene) -> None:
+    outage = Outage(scene)
+    scene.world.buffer_waits = True
+    scene.request()
+    async with scene.supervisor():
+        await scene.until(lambda: scene.state is State.draining, "draining")
+    outage.now += 900
+    for job in scene.world.of("buffer"):
+        scene.world.reach(job, JobState.completed, "0")
+    async with scene.supervisor():
+        assert await scene.released() is State.done
+    scene.nothing_is_left()
+
+
+async def test_a_buffer_that_drains_has_its_time_after_an_absence(scene: Scene) -> None:
+    outage = Outage(scene)
+    scene.world.buffer_waits = True
+    number = scene.request()
+    async with scene.supervisor() as supervisor:
+        await scene.until(lambda: scene.state is State.draining, "draining")
+        before, _ = outage.moments()
+    outage.now += 900
+    reads: list[str] = []
+    scene.world.hook = lambda name, when: reads.append(name) if name == "read" else None
+    async with scene.supervisor() as supervisor:
+        await scene.until(lambda: len(reads) > 3, "rounds of the driver")
+        assert scene.state is State.draining
+        after, _ = outage.moments()
+        assert before is not None
+        assert after == before + 900
+        outage.now = after
+        supervisor.wake(number)
+        assert await scene.released() is State.failed, "its time is still limited"
+    scene.nothing_is_left()
+
+
+async def test_a_lease_begins_anew_after_an_absence_of_the_service(scene: Scene) -> None:
+    outage = Outage(scene)
+    scene.world.engine_waits = True
+    number = scene.request(lease_s=60)
+    async with scene.supervisor():
+        await scene.until(lambda: scene.state is State.producing, "producing")
+        scene.store.renew(number, 70)
+        outage.now += 65
+    outage.now += 900
+    reads: list[str] = []
+    scene.world.hook = lambda name, when: reads.append(name) if name == "read" else None
+    async with scene.supervisor() as supervisor:
+        await scene.until(lambda: len(reads) > 3, "rounds of the driver")
+        assert scene.state is State.producing
+        assert outage.moments()[1] == outage.now + 70, "as long as it was renewed for"
+        outage.now += 71
+        supervisor.wake(number)
+        assert await scene.released() is State.expired, "nobody renewed it, although he could"
+    scene.nothing_is_left()
+
+
+async def test_the_time_without_a_database_counts_against_nobody(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lclstream.api import supervisor as module
+
+    monkeypatch.setattr(module, "_RESTART_S", 0.01)
+    monkeypatch.setattr(module, "_PRESENT_S", 0.02)
+    outage = Outage(scene)
+    scene.world.engine_waits = True
+    scene.request(lease_s=60)
+    async with scene.supervisor(outage) as supervisor:  # type: ignore[arg-type]
+        await scene.until(lambda: scene.state is State.producing, "producing")
+        limit, _ = outage.moments()
+        assert limit is not None
+        outage.away = True
+        await scene.until(lambda: "present" in outage.refused and "get" in outage.refused, "failed calls")
+        outage.now += 90000
+        outage.away = False
+        await scene.until(lambda: outage.moments() == (limit + 90000, outage.now + 60), "moments moved on")
+        assert scene.state is State.producing
+        scene.world.engine_waits = False
+        supervisor.wake(scene.number)
+        assert await scene.released() is State.done
+    scene.nothing_is_left()
+
+
 @pytest.mark.parametrize("limited", ["requested", "buffer_starting", "ready", "producing", "draining"])
 async def test_every_state_has_an_end_in_time(
     world: Any,
@@ -347,8 +458,8 @@ class Bomb:
         class Fragile:
             def __getattr__(self, name: str) -> Any:
                 real = getattr(bomb.scene.store, name)
-                if name in ("clock", "get", "jobs", "effects", "unreleased", "log"):
-                    return real  # reading changes nothing
+                if name in ("clock", "get", "jobs", "effects", "unreleased", "log", "present"):
+                    return real  # reading changes nothing, and a mark that the service is there nothing of a transfer
 
                 def call(*args: Any, **kwargs: Any) -> Any:
                     bomb.tick(name, "before")
