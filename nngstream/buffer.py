@@ -231,7 +231,7 @@ class Buffer:
         if self.spill is not None:
             self.spill.stop()
             if not self.fifo.empty and not self.spill.keep_everything():
-                log.error("spill: no room in %s for all that is left", self.config.spill)
+                log.error("spill: not all that is left could be written to %s", self.config.spill)
         dropped = self.fifo.drop_all()
         ledger = self.fifo.ledger()
         if dropped.messages:

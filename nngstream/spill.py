@@ -136,11 +136,13 @@ class Spill:
             self._thread.join()
 
     def keep_everything(self) -> bool:
-        """Write the whole queue for the next start; says whether there was room. Call after :meth:`stop`."""
+        """Write the whole queue for the next start; says whether it could be written. Call after :meth:`stop`."""
         try:
             while self._relieve():
                 pass
-        except DiskFullError:
+        except (DiskFullError, OSError) as error:
+            # Whatever hinders it: what is still in memory must be counted as lost, not as held.
+            log.error("spill: %s: %s", self._folder, error)
             return False
         return True
 

@@ -159,11 +159,16 @@ class Driver:
         if row.deadline is not None and now >= row.deadline:
             if row.spill and State(row.state) is State.draining:
                 return await self._happen(
-                    Event.set_aside, f"nobody pulled the rest in time: it is kept in {self._kept(row)}"
+                    Event.set_aside, f"nobody pulled the rest in time: the buffer writes it to {self._kept(row)}"
                 )
             limit = self._config.limit_s(State(row.state))
             troubles = "".join(f": {text}" for text in self._trouble.values())
             reason = f"{State(row.state).phase} for more than {limit:g} s{troubles}{self._held(row)}"
+            if State(row.state) is State.keeping:
+                reason = (
+                    f"the buffer has not ended within {limit:g} s{troubles}: whether it has kept everything in "
+                    f"{self._kept(row)} is not known"
+                )
             notes = await self._tails(await self._in_thread(self._store.jobs, self.transfer))
             return await self._happen(Event.time_limit, reason, notes)
         return False
@@ -297,18 +302,57 @@ class Driver:
         jobs = await self._in_thread(self._store.jobs, self.transfer)
         if not all(JobState(job.state).is_final for job in jobs):
             raise _NotYetError
+        # Without a summary, the figures asked for last are the last ones.
         documents: list[dict[str, Any] | None] = list(self.documents or [])
+        for position, summary in (await self._summaries(jobs)).items():
+            documents[position] = summary
+        self.documents = documents
+        await self._in_thread(self._store.keep_buffers, self.transfer, documents)
+
+    async def _summaries(self, jobs: Iterable[JobRow]) -> dict[int, dict[str, Any]]:
+        """The last figures of the buffers that have ended, by position; a buffer that was killed has none.
+
+        Raises:
+            PeerError: the job service does not answer.
+        """
+        found = {}
         for job in jobs:
             if Role(job.role) is not Role.buffer or not job.started or job.jobid is None:
                 continue
             try:
-                documents[job.position] = json.loads(await self._jobs.download(job.jobid, launch.SUMMARY_FILE))
+                summary = json.loads(await self._jobs.download(job.jobid, launch.SUMMARY_FILE))
             except (ServiceError, ValueError) as error:
                 if isinstance(error, ServiceError) and error.retry:
                     raise
-                continue  # it was killed before it could write one: the figures asked for last are the last ones
-        self.documents = documents
-        await self._in_thread(self._store.keep_buffers, self.transfer, documents)
+                continue
+            if isinstance(summary, dict):
+                found[job.position] = summary
+        return found
+
+    async def _kept_news(self, row: TransferRow, jobs: Sequence[JobRow]) -> bool:
+        """Whether the buffers have ended, and what they say they have kept."""
+        buffers = [job for job in jobs if Role(job.role) is Role.buffer]
+        if not all(JobState(job.state).is_final for job in buffers):
+            return False
+        try:
+            summaries = await self._summaries(buffers)
+        except PeerError as error:
+            self._trouble["job"] = str(error)
+            return False
+        folders = self._kept(row)
+        silent = [job for job in buffers if job.position not in summaries]
+        if silent:
+            ends = ", ".join(_reason(Event.buffer_failed, job) for job in silent)
+            reason = (
+                f"nobody pulled the rest in time, and it is not known whether it is kept in {folders}: without last "
+                f"figures, {ends}. Was it killed while it wrote? Then give jobs more time to end (`kill_grace_s`)"
+            )
+            return await self._happen(Event.not_kept, reason, await self._tails(silent))
+        lost = sum(messages(summary, "lost") for summary in summaries.values())
+        if lost:
+            reason = f"nobody pulled the rest in time, and {lost} messages are lost; what is kept is in {folders}"
+            return await self._happen(Event.not_kept, reason, await self._tails(buffers))
+        return await self._happen(Event.kept, f"nobody pulled the rest in time: it is kept in {folders}")
 
     # Jobs
 
@@ -321,6 +365,8 @@ class Driver:
             jobs = await self._in_thread(self._store.jobs, self.transfer)
         if State(row.state).final:
             return False
+        if State(row.state) is State.keeping:
+            return await self._kept_news(row, jobs)
         if any(_ended_badly(job) for job in jobs):
             # A buffer that dies takes the engine with it within a moment: look at both before one is blamed.
             await self._follow(jobs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from lclstream.api.models import JobState
 from lclstream.api.states import Event, State
 from lclstream.api.store import Order, Store
 from lclstream.api.supervisor import Supervisor
+from lclstream.security.errors import UnreachableError
 from lclstream.security.identity import Identity
 
 pytestmark = pytest.mark.asyncio
@@ -521,21 +523,113 @@ async def test_a_crash_at_any_step_converges_to_the_same_end(
     assert at > 15, "the bomb must have gone off at many steps"
 
 
-async def test_what_nobody_pulled_is_kept_in_files_where_that_was_asked_for(
-    world: Any, store: Store, settings: Callable[..., ApiConfig], configuration: dict[str, Any]
-) -> None:
-    config = settings(limits_s={"draining": 0.3}, buffer={"spill": "/scratch/spill"})
-    store._limit_s = config.limit_s
-    scene = Scene(world, store, config, configuration)
-    world.buffer_waits = True
-    number = scene.request(spill=True)
-    async with scene.supervisor():
-        assert await scene.released() is State.done
-    scene.nothing_is_left()
-    row = store.get(number)
+class Spilling(Scene):
+    """A transfer whose consumers are slow, and which keeps what is left in files."""
+
+    def __init__(self, world: Any, store: Store, config: ApiConfig, configuration: dict[str, Any]) -> None:
+        super().__init__(world, store, config, configuration)
+        store._limit_s = config.limit_s
+        world.buffer_waits = True
+
+    @property
+    def info(self) -> str:
+        row = self.store.get(self.number)
+        assert row is not None
+        return row.info
+
+
+@pytest.fixture
+def spilling(world: Any, store: Store, settings: Callable[..., ApiConfig], configuration: dict[str, Any]) -> Spilling:
+    config = settings(limits_s={"draining": 0.3, "keeping": 20}, buffer={"spill": "/scratch/spill"})
+    return Spilling(world, store, config, configuration)
+
+
+def account(lost: int) -> dict[str, Any]:
+    return {"name": "x", "state": "failed", "held": {"messages": 3 - lost}, "lost": {"messages": lost}}
+
+
+async def test_what_nobody_pulled_is_kept_in_files_where_that_was_asked_for(spilling: Spilling) -> None:
+    spilling.world.summary = account(lost=0)
+    number = spilling.request(spill=True)
+    async with spilling.supervisor():
+        assert await spilling.released() is State.done
+    spilling.nothing_is_left()
+    (job,) = spilling.world.of("buffer")
+    folder = shlex.split(job["spec"]["script"])[-1]
+    assert folder.startswith(f"/scratch/spill/transfer-{number}-0")
+    assert spilling.info == f"nobody pulled the rest in time: it is kept in {folder}"
+    row = spilling.store.get(number)
     assert row is not None
-    assert row.info == f"nobody pulled the rest in time: it is kept in /scratch/spill/transfer-{number}-0"
-    assert f"--spill /scratch/spill/transfer-{number}-0\n" in world.of("buffer")[0]["spec"]["script"]
+    assert row.buffers == [account(lost=0)]
+
+
+async def test_a_transfer_is_not_done_before_the_buffer_has_kept_the_rest(spilling: Spilling) -> None:
+    spilling.world.buffer_stays = True
+    spilling.world.summary = account(lost=0)
+    number = spilling.request(spill=True)
+    async with spilling.supervisor():
+        await spilling.until(lambda: spilling.state is State.keeping, "keeping")
+        asked: list[str] = []
+        spilling.world.hook = lambda name, when: asked.append(name)
+        await spilling.until(lambda: asked.count("history") > 3, "looks at the job")
+        assert spilling.state is State.keeping, "it writes"
+        assert spilling.state.phase.value == "draining", "clients know this phase"
+        assert len(spilling.store.leased_ports()) == 3
+    async with spilling.supervisor() as supervisor:
+        spilling.world.buffer_stays = False
+        supervisor.wake(number)
+        assert await spilling.released() is State.done
+    spilling.nothing_is_left()
+
+
+@pytest.mark.parametrize(
+    ("summary", "words"),
+    [
+        (account(lost=2), "2 messages are lost; what is kept is in /scratch/spill/transfer-"),
+        (None, "it is not known whether it is kept in /scratch/spill/transfer-"),
+    ],
+    ids=["full disk", "killed while it wrote"],
+)
+async def test_what_could_not_be_kept_fails_the_transfer(
+    spilling: Spilling, summary: dict[str, Any] | None, words: str
+) -> None:
+    spilling.world.summary = summary
+    spilling.request(spill=True)
+    async with spilling.supervisor():
+        assert await spilling.released() is State.failed
+    spilling.nothing_is_left()
+    assert words in spilling.info
+    assert any(client == "cache" and "signal 9" in text for client, _, text in spilling.log()), "the job's own words"
+
+
+async def test_a_buffer_that_keeps_for_ever_fails_the_transfer(spilling: Spilling) -> None:
+    spilling.config = spilling.config.model_copy(update={"limits_s": {State.draining: 0.2, State.keeping: 0.2}})
+    spilling.store._limit_s = spilling.config.limit_s
+    spilling.world.buffer_stays = True
+    spilling.request(spill=True)
+    async with spilling.supervisor():
+        await spilling.until(lambda: spilling.state.final, "an end")
+        assert spilling.state is State.failed
+        assert "the buffer has not ended within 0.2 s" in spilling.info
+        spilling.world.buffer_stays = False
+        await spilling.released()
+    spilling.nothing_is_left()
+
+
+async def test_a_job_service_that_is_away_delays_the_account_of_what_is_kept(spilling: Spilling) -> None:
+    spilling.world.summary = account(lost=0)
+    failures: list[str] = []
+
+    def hook(name: str, when: str) -> None:
+        if name == "download" and when == "before" and len(failures) < 3:
+            failures.append(name)
+            raise UnreachableError("nobody answers at the job service")
+
+    spilling.world.hook = hook
+    spilling.request(spill=True)
+    async with spilling.supervisor():
+        assert await spilling.released() is State.done
+    assert len(failures) == 3
 
 
 async def test_several_buffers_must_all_answer_and_all_end(scene: Scene) -> None:
