@@ -16,7 +16,7 @@ from pydantic_core import from_json
 from sqlalchemy.exc import OperationalError
 
 from lclstream import __version__
-from lclstream.api import answers, callbacks, launch, plan, readers
+from lclstream.api import answers, callbacks, launch, readers, wanted
 from lclstream.api.config import ApiConfig
 from lclstream.api.driver import JobService, StatusReader
 from lclstream.api.models import (
@@ -203,6 +203,7 @@ callback = APIRouter(prefix="/callback", tags=["callbacks"], responses=_REFUSED)
     "",
     openapi_extra=_body_of(_BODY_SCHEMA),
     responses={
+        403: _said("these data are for others: the text says by which rule"),
         409: _said("the key was used for something else"),
         413: _said("the request is too large"),
         422: {"description": "a field is wrong: `loc` is its path"},
@@ -266,9 +267,13 @@ def request_transfer(
         producers = launch.sending_ranks(parameters, ranks)
     except launch.RequestRefusedError as error:
         raise HTTPException(422, [_problem(place, text) for place, text in error.problems]) from error
-    experiment = plan.experiment_of(parameters)
+    data = wanted.wanted(parameters)
+    ruling = wanted.ruling(owner, data, roles, config.open_folders)
+    if not ruling:
+        log.warning("%s (%s) may not have %s: %s", owner.login, owner.issuer, parameters.source_identifier, ruling.rule)
+        raise HTTPException(403, ruling.rule)
     try:
-        access = readers.access(owner, experiment, reader or (), roles, config)
+        access = readers.access(owner, data.experiment, reader or (), roles, config)
     except ConfigError as error:
         log.error("no transfer can be started: %s", error)
         raise HTTPException(
@@ -287,7 +292,7 @@ def request_transfer(
         key=idempotency_key,
         request=asked | ({"readers": sorted(reader)} if reader else {}),
         config=lambda inputs: launch.with_buffers(document, inputs, config),
-        experiment=experiment,
+        experiment=data.experiment,
         spill=on_no_consumer == "spill",
         sentinel=config.buffer.sentinel if sentinel is None else sentinel,
         quota=config.quota,

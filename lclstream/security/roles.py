@@ -49,6 +49,8 @@ class Action(StrEnum):
 
     #: See that it exists, its state, log and figures.
     see = "see"
+    #: Ask for a new stream of its data.
+    request = "request"
     #: Get what it holds: a job's files, a transfer's address.
     read = "read"
     #: Go on with it: renew a lease, upload files, start.
@@ -62,6 +64,7 @@ class Action(StrEnum):
 #: Which roles allow which action.
 RULES: dict[Action, frozenset[Role]] = {
     Action.see: frozenset({Role.owner, Role.member, Role.operator}),
+    Action.request: frozenset({Role.member, Role.operator, Role.service}),
     Action.read: frozenset({Role.owner, Role.member}),
     Action.change: frozenset({Role.owner}),
     Action.cancel: frozenset({Role.owner, Role.operator}),

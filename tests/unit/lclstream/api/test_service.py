@@ -293,7 +293,12 @@ def test_operators_and_members_of_the_experiment_by_the_roles_file(
         ssl.PEM_cert_to_DER_cert((sites["s3df"].member("alice").folder / "id.crt").read_text())
     ).issuer
     roles = tmp_path / "roles.yaml"
-    document = {"issuers": {"s3df": issuer}, "home": "s3df", "operators": ["root"], "experiments": {"tmox1": ["bob"]}}
+    document = {
+        "issuers": {"s3df": issuer},
+        "home": "s3df",
+        "operators": ["root"],
+        "experiments": {"tmox1": ["alice", "bob"]},
+    }
     roles.write_text(json.dumps(document))
     url = serving(settings(roles=str(roles)))
     alice, bob, root, eve = (TransferClient(url, sites["s3df"].member(who)) for who in ("alice", "bob", "root", "eve"))

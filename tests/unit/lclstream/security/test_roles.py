@@ -37,11 +37,11 @@ def caller(login: str, issuer: str = S3DF) -> Identity:
     ("who", "allowed"),
     [
         (caller("bob"), {Action.see, Action.read, Action.change, Action.cancel}),
-        (caller("ada"), {Action.see, Action.read}),
-        (caller("carol", OLCF), {Action.see, Action.read}),
-        (caller("oscar"), {Action.see, Action.cancel}),
-        (caller("olga", OLCF), {Action.see, Action.cancel}),
-        (caller("jobs", OLCF), {Action.call_back}),
+        (caller("ada"), {Action.see, Action.read, Action.request}),
+        (caller("carol", OLCF), {Action.see, Action.read, Action.request}),
+        (caller("oscar"), {Action.see, Action.cancel, Action.request}),
+        (caller("olga", OLCF), {Action.see, Action.cancel, Action.request}),
+        (caller("jobs", OLCF), {Action.call_back, Action.request}),
         (caller("mallory"), set()),
     ],
 )
