@@ -391,28 +391,44 @@ def renew_lease(
     return Lease(lease_expires=expires)
 
 
-_SIGNED: dict[int | str, dict[str, Any]] = {403: _said("no or a wrong signature, or somebody else's callback again")}
+_SIGNED: dict[int | str, dict[str, Any]] = {403: _said("no or a wrong signature, or not from whom it should come")}
 Signature = Annotated[str | None, Header(alias=callbacks.HEADER, max_length=256)]
 
 
 @callback.post("/producer", openapi_extra=_body_of("Callback"), responses=_SIGNED)
 def producer_callback(
-    body: RawBody, store: TheStore, supervisor: TheSupervisor, sender: Owner, signature: Signature = None
+    body: RawBody,
+    store: TheStore,
+    roles: TheRoles,
+    supervisor: TheSupervisor,
+    sender: Owner,
+    signature: Signature = None,
 ) -> bool:
     """What the job service says about an engine job. The same again, from the same sender, is without effect."""
-    return _callback(Role.engine, body, signature, sender, store, supervisor)
+    return _callback(Role.engine, body, signature, sender, roles, store, supervisor)
 
 
 @callback.post("/forwarder", openapi_extra=_body_of("Callback"), responses=_SIGNED)
 def forwarder_callback(
-    body: RawBody, store: TheStore, supervisor: TheSupervisor, sender: Owner, signature: Signature = None
+    body: RawBody,
+    store: TheStore,
+    roles: TheRoles,
+    supervisor: TheSupervisor,
+    sender: Owner,
+    signature: Signature = None,
 ) -> bool:
     """What the job service says about a buffer job. The same again, from the same sender, is without effect."""
-    return _callback(Role.buffer, body, signature, sender, store, supervisor)
+    return _callback(Role.buffer, body, signature, sender, roles, store, supervisor)
 
 
 def _callback(
-    role: Role, body: bytes, signature: str | None, sender: Identity, store: Store, supervisor: Supervisor
+    role: Role,
+    body: bytes,
+    signature: str | None,
+    sender: Identity,
+    roles: Roles,
+    store: Store,
+    supervisor: Supervisor,
 ) -> bool:
     try:
         news = Callback.model_validate_json(body)
@@ -423,6 +439,10 @@ def _callback(
     # The same answer for an unknown job and a wrong signature: a stranger learns nothing about our jobs.
     if job is None or not callbacks.is_signed(job.spec["cb_secret"], body, signature):
         raise HTTPException(403, f"{callbacks.HEADER} is not the signature of this callback with the job's secret")
+    ruling = roles.may(sender, Action.call_back)
+    if roles.services and not ruling:
+        log.warning("job %s: a callback with the right signature is refused: %s", job.jobid, ruling.rule)
+        raise HTTPException(403, ruling.rule)
     transition = Transition(time=store.clock(), jobndx=news.jobndx, state=news.state, info=news.info)
     receipt = store.accept_callback(job.id, body, transition, sender)
     if receipt is Receipt.replayed:

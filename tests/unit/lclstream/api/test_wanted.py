@@ -1,4 +1,4 @@
-"""Who may ask for which data: members for their experiment's, operators and services for files, all for open folders."""
+"""Who may ask for which data: members for their experiment's, operators and services for files."""
 
 from __future__ import annotations
 
