@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shlex
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -561,6 +562,25 @@ async def test_what_nobody_pulled_is_kept_in_files_where_that_was_asked_for(spil
     row = spilling.store.get(number)
     assert row is not None
     assert row.buffers == [account(lost=0)]
+
+
+async def test_a_new_database_does_not_give_out_what_transfers_of_an_older_one_have_left(
+    spilling: Spilling, tmp_path: Path
+) -> None:
+    """Both count from 1, and a buffer offers what it finds in its folder to whoever pulls."""
+    newer = Store(f"sqlite:///{tmp_path}/newer.sqlite", spilling.config.limit_s, lambda: spilling.store.clock() + 1)
+    folders = []
+    for store in (spilling.store, newer):
+        spilling.store = store
+        row = store.get(spilling.request(spill=True))
+        assert row is not None
+        again = store.get(row.id)
+        assert again is not None
+        assert launch.spill_folder(again, 0, spilling.config) == launch.spill_folder(row, 0, spilling.config)
+        folders.append((row.id, launch.spill_folder(row, 0, spilling.config)))
+    newer.close()
+    assert folders[0][0] == folders[1][0] == 1
+    assert folders[0][1] != folders[1][1]
 
 
 async def test_a_transfer_is_not_done_before_the_buffer_has_kept_the_rest(spilling: Spilling) -> None:
