@@ -91,10 +91,10 @@ def ruling(caller: Identity, what: Wanted, roles: Roles, folders: Iterable[Path]
         if not rulings and experiment.isdigit():
             # psana1 takes numbers for experiments, and nobody knows here which it is.
             return Ruling(False, f"exp={experiment} is a number, write the experiment's name; {trusted.rule}")
-    folders = [PurePosixPath(folder) for folder in folders]
+    opened = [PurePosixPath(folder) for folder in folders]
     for path in what.paths:
-        if not any(_below(path, folder) for folder in folders):
-            open_ones = ", ".join(map(str, folders)) or "none"
+        if not any(_below(path, folder) for folder in opened):
+            open_ones = ", ".join(map(str, opened)) or "none"
             return Ruling(
                 False,
                 f"{path} is below no folder that is open to all (open_folders: {open_ones}): name the data by their "

@@ -568,7 +568,8 @@ async def test_a_new_database_does_not_give_out_what_transfers_of_an_older_one_h
     spilling: Spilling, tmp_path: Path
 ) -> None:
     """Both count from 1, and a buffer offers what it finds in its folder to whoever pulls."""
-    newer = Store(f"sqlite:///{tmp_path}/newer.sqlite", spilling.config.limit_s, lambda: spilling.store.clock() + 1)
+    later = spilling.store.clock() + 1
+    newer = Store(f"sqlite:///{tmp_path}/newer.sqlite", spilling.config.limit_s, lambda: later)
     folders = []
     for store in (spilling.store, newer):
         spilling.store = store
