@@ -36,7 +36,7 @@ def plan_of(order: Order, parameters: Parameters, notes: list[str], leased: int,
     names = [f"INPUT-{number}" for number in range(order.buffers)]
     endpoints = [{"input": name, "output": "OUTPUT", "status": "STATUS"} for name in names]
     row = TransferRow(id=0, ranks=order.ranks, producers=order.producers, endpoints=endpoints, spill=order.spill)
-    row.sentinel = order.sentinel
+    row.sentinel, row.created = order.sentinel, 0.0
     row.access = None if order.access is None else dict(order.access)
     jobs = {"buffer": launch.buffer_job(row, 0, config), "engine": launch.engine_job(row, config)}
     expected = plan.estimate(parameters, order.producers)

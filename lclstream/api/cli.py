@@ -78,9 +78,10 @@ def serve_api(
         )
         member = Credentials(settings.credentials)
         issuer_of_status_readers(settings.buffer, settings.buffer.credentials or settings.credentials)
+        roles = NOBODY if settings.roles is None else RolesFile(settings.roles).current
         if settings.ports.scheme == "tls+tcp":
             engine_certificates(settings)
-            readers.check(settings, NOBODY if settings.roles is None else RolesFile(settings.roles).current)
+            readers.check(settings, roles)
         store = Store(settings.database, settings.limit_s)
     except (CredentialsError, ArgumentError, ModuleNotFoundError, ValueError) as error:
         print(f"lclstream api: {error}", file=sys.stderr)

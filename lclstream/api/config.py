@@ -229,7 +229,9 @@ class ApiConfig(_Section):
         engine: the engine job.
         quota: how much one user may have at a time.
         roles: file that names operators and members of experiments (see :mod:`lclstream.security.roles`); None:
-            everybody has to do with his own transfers only.
+            everybody has to do with his own transfers only, and may ask for all that the engine's account may read.
+        open_folders: folders, as the engine sees them, whose files everybody may ask for. Where the roles file lists
+            experiments, files elsewhere are for its operators and services.
         keep_days: how long an ended transfer and its idempotency key are remembered.
         limits_s: how long a transfer may stay in each state.
         settle_s: how long a buffer must be empty and without producers, the engine having completed, to count as
@@ -253,6 +255,7 @@ class ApiConfig(_Section):
     engine: EngineConfig = EngineConfig()
     quota: QuotaConfig = QuotaConfig()
     roles: FilePath | None = None
+    open_folders: tuple[FilePath, ...] = ()
     keep_days: Annotated[float, Field(gt=0)] = 90.0
     limits_s: dict[State, Seconds] = {}
     settle_s: Seconds = 10.0

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 #: Database connections kept open; as many again may be opened for a moment. Request handlers run in 40 threads.
 _CONNECTIONS = 25
-
+#: An error would otherwise take what was to be written with it into the log: the secrets of jobs' callbacks too.
+_OPTIONS: dict[str, Any] = {"pool_size": _CONNECTIONS, "max_overflow": _CONNECTIONS, "hide_parameters": True}
 
 #: Seconds a write may wait for the others before it.
 _TURN_S = 30.0
@@ -96,13 +97,13 @@ def open_database(url: str) -> Engine:
     """
     parsed = make_url(url)
     if parsed.get_backend_name() != "sqlite":
-        return create_engine(parsed, pool_pre_ping=True, pool_size=_CONNECTIONS, max_overflow=_CONNECTIONS)
+        return create_engine(parsed, pool_pre_ping=True, **_OPTIONS)
     if parsed.database in (None, "", ":memory:"):
         raise ValueError(f"{url}: transfers must survive a restart: name a file, such as sqlite:///transfers.sqlite")
     path = Path(str(parsed.database)).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-    engine = create_engine(parsed, connect_args={"timeout": 30}, pool_size=_CONNECTIONS, max_overflow=_CONNECTIONS)
+    engine = create_engine(parsed, connect_args={"timeout": 30}, **_OPTIONS)
 
     @event.listens_for(engine, "connect")
     def connected(connection: Any, _record: object) -> None:

@@ -88,6 +88,7 @@ class Driver:
         config: the service's configuration.
         reader: makes a reader of a buffer's status from its URL.
         in_thread: runs a method of the store in a thread.
+        timely: whether the clocks can be trusted: not while the time the database was away has still to be added.
 
     Attributes:
         documents: the buffers' last status documents.
@@ -101,6 +102,7 @@ class Driver:
         config: ApiConfig,
         reader: Callable[[str], StatusReader],
         in_thread: Callable[..., Awaitable[Any]],
+        timely: Callable[[], bool],
     ) -> None:
         self.transfer = transfer
         self.documents: list[dict[str, Any] | None] | None = None
@@ -109,6 +111,7 @@ class Driver:
         self._config = config
         self._reader = reader
         self._in_thread = in_thread
+        self._timely = timely
         self._news = asyncio.Event()
         self._readers: dict[str, StatusReader] = {}
         self._trouble: dict[str, str] = {}
@@ -122,6 +125,9 @@ class Driver:
 
     async def run(self) -> None:
         """Drive the transfer until it is released."""
+        # What happened while nobody looked comes before what ran out meanwhile: a transfer whose jobs have ended well
+        # is not late.
+        looked = False
         try:
             while True:
                 self._news.clear()
@@ -130,11 +136,13 @@ class Driver:
                     return
                 if self.documents is None:
                     self.documents = list(row.buffers)
-                if await self._clocks(row) or await self._effects() or await self._jobs_news(row):
+                if looked and await self._clocks(row):
                     continue
-                if await self._buffers_news(row):
+                if await self._effects() or await self._jobs_news(row) or await self._buffers_news(row):
                     continue
-                await self._rest(row)
+                if looked:
+                    await self._rest(row)
+                looked = True
         finally:
             for reader in self._readers.values():
                 await reader.aclose()
@@ -143,7 +151,7 @@ class Driver:
     # Clocks
 
     async def _clocks(self, row: TransferRow) -> bool:
-        if State(row.state).final:
+        if State(row.state).final or not self._timely():
             return False
         now = self._store.clock()
         if row.lease_expires is not None and now >= row.lease_expires:
@@ -151,11 +159,16 @@ class Driver:
         if row.deadline is not None and now >= row.deadline:
             if row.spill and State(row.state) is State.draining:
                 return await self._happen(
-                    Event.set_aside, f"nobody pulled the rest in time: it is kept in {self._kept(row)}"
+                    Event.set_aside, f"nobody pulled the rest in time: the buffer writes it to {self._kept(row)}"
                 )
             limit = self._config.limit_s(State(row.state))
             troubles = "".join(f": {text}" for text in self._trouble.values())
             reason = f"{State(row.state).phase} for more than {limit:g} s{troubles}{self._held(row)}"
+            if State(row.state) is State.keeping:
+                reason = (
+                    f"the buffer has not ended within {limit:g} s{troubles}: whether it has kept everything in "
+                    f"{self._kept(row)} is not known"
+                )
             notes = await self._tails(await self._in_thread(self._store.jobs, self.transfer))
             return await self._happen(Event.time_limit, reason, notes)
         return False
@@ -176,7 +189,7 @@ class Driver:
         if self._effects_due > now:
             due.append(self._effects_due)
         for moment in (row.lease_expires, row.deadline):
-            if moment is not None and not State(row.state).final:
+            if moment is not None and not State(row.state).final and self._timely():
                 due.append(now + moment - self._store.clock())
         try:
             await asyncio.wait_for(self._news.wait(), max(0.01, min(due) - now))
@@ -289,18 +302,57 @@ class Driver:
         jobs = await self._in_thread(self._store.jobs, self.transfer)
         if not all(JobState(job.state).is_final for job in jobs):
             raise _NotYetError
+        # Without a summary, the figures asked for last are the last ones.
         documents: list[dict[str, Any] | None] = list(self.documents or [])
+        for position, summary in (await self._summaries(jobs)).items():
+            documents[position] = summary
+        self.documents = documents
+        await self._in_thread(self._store.keep_buffers, self.transfer, documents)
+
+    async def _summaries(self, jobs: Iterable[JobRow]) -> dict[int, dict[str, Any]]:
+        """The last figures of the buffers that have ended, by position; a buffer that was killed has none.
+
+        Raises:
+            PeerError: the job service does not answer.
+        """
+        found = {}
         for job in jobs:
             if Role(job.role) is not Role.buffer or not job.started or job.jobid is None:
                 continue
             try:
-                documents[job.position] = json.loads(await self._jobs.download(job.jobid, launch.SUMMARY_FILE))
+                summary = json.loads(await self._jobs.download(job.jobid, launch.SUMMARY_FILE))
             except (ServiceError, ValueError) as error:
                 if isinstance(error, ServiceError) and error.retry:
                     raise
-                continue  # it was killed before it could write one: the figures asked for last are the last ones
-        self.documents = documents
-        await self._in_thread(self._store.keep_buffers, self.transfer, documents)
+                continue
+            if isinstance(summary, dict):
+                found[job.position] = summary
+        return found
+
+    async def _kept_news(self, row: TransferRow, jobs: Sequence[JobRow]) -> bool:
+        """Whether the buffers have ended, and what they say they have kept."""
+        buffers = [job for job in jobs if Role(job.role) is Role.buffer]
+        if not all(JobState(job.state).is_final for job in buffers):
+            return False
+        try:
+            summaries = await self._summaries(buffers)
+        except PeerError as error:
+            self._trouble["job"] = str(error)
+            return False
+        folders = self._kept(row)
+        silent = [job for job in buffers if job.position not in summaries]
+        if silent:
+            ends = ", ".join(_reason(Event.buffer_failed, job) for job in silent)
+            reason = (
+                f"nobody pulled the rest in time, and it is not known whether it is kept in {folders}: without last "
+                f"figures, {ends}. Was it killed while it wrote? Then give jobs more time to end (`kill_grace_s`)"
+            )
+            return await self._happen(Event.not_kept, reason, await self._tails(silent))
+        lost = sum(messages(summary, "lost") for summary in summaries.values())
+        if lost:
+            reason = f"nobody pulled the rest in time, and {lost} messages are lost; what is kept is in {folders}"
+            return await self._happen(Event.not_kept, reason, await self._tails(buffers))
+        return await self._happen(Event.kept, f"nobody pulled the rest in time: it is kept in {folders}")
 
     # Jobs
 
@@ -313,6 +365,8 @@ class Driver:
             jobs = await self._in_thread(self._store.jobs, self.transfer)
         if State(row.state).final:
             return False
+        if State(row.state) is State.keeping:
+            return await self._kept_news(row, jobs)
         if any(_ended_badly(job) for job in jobs):
             # A buffer that dies takes the engine with it within a moment: look at both before one is blamed.
             await self._follow(jobs)

@@ -228,7 +228,9 @@ def spill_folder(transfer: TransferRow, position: int, service: ApiConfig) -> Pa
     """Where a transfer's buffer keeps what nobody pulls; None when it does not."""
     if not transfer.spill or service.buffer.spill is None:
         return None
-    return service.buffer.spill.expanduser().absolute() / buffer_name(transfer.id, position)
+    # A new database counts from 1 again, and a buffer gives out whatever it finds in its folder: never another owner's.
+    name = f"{buffer_name(transfer.id, position)}-{round(1000 * transfer.created)}"
+    return service.buffer.spill.expanduser().absolute() / name
 
 
 def _filled(template: str, values: dict[str, object], **options: str) -> str:

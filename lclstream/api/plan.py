@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from lclstreamer.config import Parameters
 
-_EXPERIMENT = re.compile(r"(?:^|[,:;])\s*exp=([A-Za-z0-9_]+)")
 _MAX_EVENTS = re.compile(r"(?:^|[,:;])\s*max_events=([0-9]+)")
 _NAMED_BITS = {"bool": 8, "int": 64, "uint": 64, "float": 64, "double": 64, "single": 32, "half": 16, "complex": 128}
 _NAMED = re.compile(r"([a-z]+?)([0-9]+)?")
@@ -28,12 +27,6 @@ class Estimate:
     events: int | None
     messages: int | None
     bytes: int | None
-
-
-def experiment_of(parameters: Parameters) -> str | None:
-    """The experiment that a source identifier names."""
-    match = _EXPERIMENT.search(parameters.source_identifier)
-    return match[1] if match else None
 
 
 def estimate(parameters: Parameters, ranks: int) -> Estimate:

@@ -16,7 +16,7 @@ from pydantic_core import from_json
 from sqlalchemy.exc import OperationalError
 
 from lclstream import __version__
-from lclstream.api import answers, callbacks, launch, plan, readers
+from lclstream.api import answers, callbacks, launch, readers, wanted
 from lclstream.api.config import ApiConfig
 from lclstream.api.driver import JobService, StatusReader
 from lclstream.api.models import (
@@ -203,6 +203,7 @@ callback = APIRouter(prefix="/callback", tags=["callbacks"], responses=_REFUSED)
     "",
     openapi_extra=_body_of(_BODY_SCHEMA),
     responses={
+        403: _said("these data are for others: the text says by which rule"),
         409: _said("the key was used for something else"),
         413: _said("the request is too large"),
         422: {"description": "a field is wrong: `loc` is its path"},
@@ -266,9 +267,13 @@ def request_transfer(
         producers = launch.sending_ranks(parameters, ranks)
     except launch.RequestRefusedError as error:
         raise HTTPException(422, [_problem(place, text) for place, text in error.problems]) from error
-    experiment = plan.experiment_of(parameters)
+    data = wanted.wanted(parameters)
+    ruling = wanted.ruling(owner, data, roles, config.open_folders)
+    if not ruling:
+        log.warning("%s (%s) may not have %s: %s", owner.login, owner.issuer, parameters.source_identifier, ruling.rule)
+        raise HTTPException(403, ruling.rule)
     try:
-        access = readers.access(owner, experiment, reader or (), roles, config)
+        access = readers.access(owner, data.experiment, reader or (), roles, config)
     except ConfigError as error:
         log.error("no transfer can be started: %s", error)
         raise HTTPException(
@@ -287,7 +292,7 @@ def request_transfer(
         key=idempotency_key,
         request=asked | ({"readers": sorted(reader)} if reader else {}),
         config=lambda inputs: launch.with_buffers(document, inputs, config),
-        experiment=experiment,
+        experiment=data.experiment,
         spill=on_no_consumer == "spill",
         sentinel=config.buffer.sentinel if sentinel is None else sentinel,
         quota=config.quota,
@@ -386,28 +391,44 @@ def renew_lease(
     return Lease(lease_expires=expires)
 
 
-_SIGNED: dict[int | str, dict[str, Any]] = {403: _said("no or a wrong signature, or somebody else's callback again")}
+_SIGNED: dict[int | str, dict[str, Any]] = {403: _said("no or a wrong signature, or not from whom it should come")}
 Signature = Annotated[str | None, Header(alias=callbacks.HEADER, max_length=256)]
 
 
 @callback.post("/producer", openapi_extra=_body_of("Callback"), responses=_SIGNED)
 def producer_callback(
-    body: RawBody, store: TheStore, supervisor: TheSupervisor, sender: Owner, signature: Signature = None
+    body: RawBody,
+    store: TheStore,
+    roles: TheRoles,
+    supervisor: TheSupervisor,
+    sender: Owner,
+    signature: Signature = None,
 ) -> bool:
     """What the job service says about an engine job. The same again, from the same sender, is without effect."""
-    return _callback(Role.engine, body, signature, sender, store, supervisor)
+    return _callback(Role.engine, body, signature, sender, roles, store, supervisor)
 
 
 @callback.post("/forwarder", openapi_extra=_body_of("Callback"), responses=_SIGNED)
 def forwarder_callback(
-    body: RawBody, store: TheStore, supervisor: TheSupervisor, sender: Owner, signature: Signature = None
+    body: RawBody,
+    store: TheStore,
+    roles: TheRoles,
+    supervisor: TheSupervisor,
+    sender: Owner,
+    signature: Signature = None,
 ) -> bool:
     """What the job service says about a buffer job. The same again, from the same sender, is without effect."""
-    return _callback(Role.buffer, body, signature, sender, store, supervisor)
+    return _callback(Role.buffer, body, signature, sender, roles, store, supervisor)
 
 
 def _callback(
-    role: Role, body: bytes, signature: str | None, sender: Identity, store: Store, supervisor: Supervisor
+    role: Role,
+    body: bytes,
+    signature: str | None,
+    sender: Identity,
+    roles: Roles,
+    store: Store,
+    supervisor: Supervisor,
 ) -> bool:
     try:
         news = Callback.model_validate_json(body)
@@ -418,6 +439,10 @@ def _callback(
     # The same answer for an unknown job and a wrong signature: a stranger learns nothing about our jobs.
     if job is None or not callbacks.is_signed(job.spec["cb_secret"], body, signature):
         raise HTTPException(403, f"{callbacks.HEADER} is not the signature of this callback with the job's secret")
+    ruling = roles.may(sender, Action.call_back)
+    if roles.services and not ruling:
+        log.warning("job %s: a callback with the right signature is refused: %s", job.jobid, ruling.rule)
+        raise HTTPException(403, ruling.rule)
     transition = Transition(time=store.clock(), jobndx=news.jobndx, state=news.state, info=news.info)
     receipt = store.accept_callback(job.id, body, transition, sender)
     if receipt is Receipt.replayed:

@@ -15,7 +15,10 @@ from lclstream.api.models import TransferPhase
 
 
 class State(StrEnum):
-    """Where a transfer is: the public phases, and `emptied`, which others see as `draining`.
+    """Where a transfer is: the public phases, and `keeping` and `emptied`, which others see as `draining`.
+
+    `keeping` exists because a buffer that is told to keep the rest in files has not done so yet: its disk may be full,
+    and it may be killed while it writes.
 
     `emptied` exists because the news of two jobs come in any order: a buffer that has ended well says nothing about the
     engine, whose last rank may have been killed after its last message.
@@ -26,6 +29,7 @@ class State(StrEnum):
     ready = "ready"
     producing = "producing"
     draining = "draining"
+    keeping = "keeping"
     emptied = "emptied"
     done = "done"
     failed = "failed"
@@ -35,7 +39,7 @@ class State(StrEnum):
     @property
     def phase(self) -> TransferPhase:
         """What others see."""
-        return TransferPhase.draining if self is State.emptied else TransferPhase(self.value)
+        return TransferPhase.draining if self in (State.keeping, State.emptied) else TransferPhase(self.value)
 
     @property
     def final(self) -> bool:
@@ -52,6 +56,8 @@ class Event(StrEnum):
     buffer_failed = "buffer_failed"
     buffer_drained = "buffer_drained"
     set_aside = "set_aside"
+    kept = "kept"
+    not_kept = "not_kept"
     engine_active = "engine_active"
     engine_completed = "engine_completed"
     engine_failed = "engine_failed"
@@ -113,8 +119,11 @@ TABLE: dict[tuple[State, Event], Step] = {
     (State.producing, Event.buffer_failed): _end(State.failed),
     (State.draining, Event.buffer_completed): _end(State.done),
     (State.draining, Event.buffer_drained): _end(State.done),
-    (State.draining, Event.set_aside): _end(State.done),
+    (State.draining, Event.set_aside): Step(State.keeping, (Effect.stop_buffer,)),
     (State.draining, Event.buffer_failed): _end(State.failed),
+    # How the cancelled job ended tells nothing: what counts is the account the buffer wrote last.
+    (State.keeping, Event.kept): _end(State.done),
+    (State.keeping, Event.not_kept): _end(State.failed),
     (State.emptied, Event.engine_completed): _end(State.done),
     (State.emptied, Event.engine_failed): _end(State.failed),
     **{(state, Event.cancel): _end(State.canceled) for state in LIVING},
@@ -135,6 +144,7 @@ TIME_LIMITS_S: dict[State, float] = {
     State.ready: 3600.0,
     State.producing: 86400.0,
     State.draining: 600.0,
+    State.keeping: 900.0,
     State.emptied: 120.0,
 }
 
@@ -144,6 +154,7 @@ _MEANING = {
     State.ready: "the buffer answers: consumers may pull; the engine job waits in its queue or starts",
     State.producing: "the engine runs",
     State.draining: "the engine has completed; the buffer gives out what it still holds",
+    State.keeping: "the buffer was told to end, and keeps in files what nobody pulled (shown as `draining`)",
     State.emptied: "the buffer has ended well; the engine's own end is not known yet (shown as `draining`)",
     State.done: "everything was given out, or kept in files where that was asked for",
     State.failed: "something failed, or a time limit passed; `info` and the log say what",
@@ -156,7 +167,9 @@ _EVENTS = {
     Event.buffer_completed: "the buffer job has completed",
     Event.buffer_failed: "the buffer job failed, was refused, was cancelled by others, or is unknown to its service",
     Event.buffer_drained: "the buffer holds nothing and has no producer for the settling time",
-    Event.set_aside: "the limit passed, and the buffer keeps what nobody pulled in files (`on_no_consumer=spill`)",
+    Event.set_aside: "the limit passed, and what nobody pulled shall be kept in files (`on_no_consumer=spill`)",
+    Event.kept: "the buffers have ended, and by their last figures nothing is lost",
+    Event.not_kept: "the buffers have ended, and messages are lost, or last figures are missing",
     Event.engine_active: "the engine job runs",
     Event.engine_completed: "the engine job has completed",
     Event.engine_failed: "the engine job failed, was refused, was cancelled by others, or is unknown to its service",

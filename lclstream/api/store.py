@@ -19,6 +19,7 @@ from sqlalchemy import and_, delete, func, or_, select, true
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
+from lclstream.api import absence
 from lclstream.api.config import PortsConfig, QuotaConfig
 from lclstream.api.database import Turns, open_database, upgrade
 from lclstream.api.models import ClientName, JobState
@@ -144,6 +145,11 @@ class Store:
         """Close its connections."""
         self._engine.dispose()
 
+    def present(self, *, returned: bool) -> float:
+        """Write down that the service is there (:func:`.absence.mark`); how many seconds it was away."""
+        with self._writing() as session:
+            return absence.mark(session, self.clock(), returned=returned)
+
     # Transfers
 
     def create(self, order: Order, ports: PortsConfig) -> tuple[TransferRow, bool]:
@@ -233,6 +239,7 @@ class Store:
             changed=now,
             deadline=self._deadline(INITIAL.state, now),
             lease_expires=None if order.lease_s is None else now + order.lease_s,
+            lease_s=order.lease_s,
             buffers=[None] * order.buffers,
             released=False,
         )
@@ -325,7 +332,7 @@ class Store:
             row = session.get_one(TransferRow, transfer, with_for_update=True)
             if State(row.state).final:
                 return None
-            row.lease_expires = self.clock() + lease_s
+            row.lease_expires, row.lease_s = self.clock() + lease_s, lease_s
             return row.lease_expires
 
     def happen(

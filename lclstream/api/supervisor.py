@@ -1,13 +1,15 @@
 """Does what the state machine asks for, and follows what the jobs and buffers really do.
 
 Who owns what: the service's event loop runs one :class:`Supervisor`; it owns one task for every transfer that is not
-released yet (:class:`.Driver`), one that forgets old transfers, and a small pool of threads for the database.
+released yet (:class:`.Driver`), one that forgets old transfers, one that marks that the service is there, and a small
+pool of threads for the database.
 A transfer's driver is the only one that talks to the job service about it, that reads its buffers, and that turns what
 its jobs did into events. Request handlers, in other threads, only write rows (a cancellation, a renewed lease, what a
 callback said) and wake the driver.
 
 Everything may be killed at any moment. Whatever a driver needs is in the database before it acts; on start each
-transfer that is not released gets a driver again, which repeats what may have been done and asks how things are.
+transfer that is not released gets a driver again, which repeats what may have been done and asks how things are. The
+time in which the service or its database was away counts against no lease and no time limit.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar
 
+from lclstream.api import absence
 from lclstream.api.config import ApiConfig
 from lclstream.api.driver import Driver, JobService, StatusReader
 from lclstream.api.store import Store
@@ -37,6 +40,8 @@ _PRUNE_S = 3600.0
 _AT_ONCE, _RESUME_S = 8, 0.01
 #: Seconds until a driver that died of a programming error is started again.
 _RESTART_S = 5.0
+#: How often the service marks that it is there, in seconds; several times within :data:`.absence.AWAY_S`.
+_PRESENT_S = 5.0
 
 
 class Supervisor:
@@ -63,10 +68,13 @@ class Supervisor:
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
+        away_s = await self.in_thread(self._store.present, returned=True)
+        self._marked, self._away = self._loop.time(), False
+        self._marking = asyncio.create_task(self._mark(), name="transfers-mark")
         self._pruning = asyncio.create_task(self._prune(), name="transfers-prune")
         waiting = await self.in_thread(self._store.unreleased)
         if waiting:
-            log.info("%d transfers go on where they were", len(waiting))
+            log.info("%d transfers go on where they were; the service was away for %.0f s", len(waiting), away_s)
         for transfer in waiting[:_AT_ONCE]:
             self._watch(transfer)
         self._resuming = asyncio.create_task(self._resume(waiting[_AT_ONCE:]), name="transfers-resume")
@@ -83,7 +91,7 @@ class Supervisor:
         # Jobs go on running: a service that is restarted finds them again.
         loop, self._loop = self._loop, None
         assert loop is not None
-        tasks = [self._pruning, self._resuming, *self._tasks.values()]
+        tasks = [self._marking, self._pruning, self._resuming, *self._tasks.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -111,9 +119,29 @@ class Supervisor:
         if driver is not None:
             driver.wake()
             return
-        driver = Driver(transfer, self._store, self._jobs, self._config, self._reader, self.in_thread)
+        driver = Driver(
+            transfer, self._store, self._jobs, self._config, self._reader, self.in_thread, lambda: not self._was_away()
+        )
         self._drivers[transfer] = driver
         self._tasks[transfer] = asyncio.create_task(self._drive(driver), name=f"transfer-{transfer}")
+
+    def _was_away(self) -> bool:
+        """Whether the database was away, and what it missed has still to be added to leases and limits."""
+        # A call that hangs has not failed yet.
+        return self._away or asyncio.get_running_loop().time() - self._marked > absence.AWAY_S
+
+    async def _mark(self) -> None:
+        while True:
+            await asyncio.sleep(_PRESENT_S)
+            try:
+                away_s = await self.in_thread(self._store.present, returned=self._away)
+            except Exception as error:
+                self._away = True
+                log.warning("the database does not answer; leases and time limits stand still: %s", error)
+                continue
+            if away_s:
+                log.warning("the database was away for %.0f s, which count against no lease and no limit", away_s)
+            self._marked, self._away = asyncio.get_running_loop().time(), False
 
     async def _prune(self) -> None:
         while True:

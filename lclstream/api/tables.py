@@ -42,6 +42,7 @@ class TransferRow(Base):
         changed: when it came into this state, seconds since 1970.
         deadline: when the state's time limit passes, seconds since 1970.
         lease_expires: when the lease ends, seconds since 1970; None without a lease.
+        lease_s: how long it was when it was given or renewed last; None for those of before this was kept.
         buffers: the last status document of each buffer, or None.
         released: whether its jobs have ended and its ports are free.
     """
@@ -71,6 +72,7 @@ class TransferRow(Base):
     changed: Mapped[float]
     deadline: Mapped[float | None]
     lease_expires: Mapped[float | None]
+    lease_s: Mapped[float | None]
     buffers: Mapped[list[dict[str, Any] | None]] = mapped_column(JSON, default=list)
     released: Mapped[bool] = mapped_column(default=False, index=True)
 
@@ -186,3 +188,17 @@ class PortRow(Base):
     port: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
     transfer: Mapped[int] = mapped_column(ForeignKey("transfers.id", ondelete="CASCADE"), index=True)
     leased: Mapped[float]
+
+
+class ServiceRow(Base):
+    """The service itself; one row.
+
+    Attributes:
+        id: 1.
+        seen: when it was there last, seconds since 1970.
+    """
+
+    __tablename__ = "service"
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    seen: Mapped[float]

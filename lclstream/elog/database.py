@@ -126,7 +126,8 @@ def open_database(url: str) -> Engine:
     Raises:
         sqlalchemy.exc.SQLAlchemyError: the URL is wrong, or the database does not answer.
     """
-    engine = create_engine(url)
+    # What users write down about their runs is not for the log of an error.
+    engine = create_engine(url, hide_parameters=True)
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _configure_sqlite)
         event.listen(engine, "begin", _begin_at_once)

@@ -49,6 +49,8 @@ class Action(StrEnum):
 
     #: See that it exists, its state, log and figures.
     see = "see"
+    #: Ask for a new stream of its data.
+    request = "request"
     #: Get what it holds: a job's files, a transfer's address.
     read = "read"
     #: Go on with it: renew a lease, upload files, start.
@@ -62,6 +64,7 @@ class Action(StrEnum):
 #: Which roles allow which action.
 RULES: dict[Action, frozenset[Role]] = {
     Action.see: frozenset({Role.owner, Role.member, Role.operator}),
+    Action.request: frozenset({Role.member, Role.operator, Role.service}),
     Action.read: frozenset({Role.owner, Role.member}),
     Action.change: frozenset({Role.owner}),
     Action.cancel: frozenset({Role.owner, Role.operator}),
@@ -256,10 +259,11 @@ def load(path: Path) -> Roles:
 class RolesFile:
     """``roles.yaml``, read again when it has changed.
 
-    What is wrong while it is being edited is not used: the roles known last stay in force, and the log says so.
+    What is wrong while it is being edited is not used: the roles known last stay in force, and the log says so. Nor
+    does a file that is removed open what it kept closed.
 
     Args:
-        path: the file; without one there are no operators, services and members.
+        path: the file; one that is not there at the start gives nobody a role until it comes.
 
     Raises:
         CredentialsError: at the start, when the file is there and wrong.
@@ -268,6 +272,8 @@ class RolesFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._seen = stamp(path)
+        if self._seen is None:
+            log.warning("%s does not exist: nobody is operator, service or member by it", path)
         self._roles = load(path) if self._seen is not None else NOBODY
 
     @property
@@ -276,8 +282,11 @@ class RolesFile:
         seen = stamp(self.path)
         if seen != self._seen:
             self._seen = seen
+            if seen is None:
+                log.error("%s does not exist any more; the roles read before stay in force", self.path)
+                return self._roles
             try:
-                self._roles = load(self.path) if seen is not None else NOBODY
+                self._roles = load(self.path)
                 log.info("%s: read again", self.path)
             except CredentialsError as error:
                 log.error("%s; the roles read before stay in force", error)

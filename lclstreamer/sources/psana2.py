@@ -10,10 +10,9 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import pickle
 import re
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,10 @@ from typing import Any
 from lclstreamer import identifiers
 from lclstreamer.errors import SourceError
 from lclstreamer.events import Event, RunInfo
-from lclstreamer.sources import _psana
+from lclstreamer.sources import _psana, constants
 from lclstreamer.sources.base import EventSource, Reader, SourceContext, make_data_sources
 from lclstreamer.sources.psana2_data import timestamp_ns
 
-#: psana prints where constants come from, and fails when they do not say.
-_UNSAID = {"experiment": "unknown", "run": 0}
 #: Fields of detectors that are made with calibration constants.
 _CALIBRATED = re.compile(r"calib|image|mask|pedestal|gain|common_mode|pixel_|geo(?!txt_default)")
 
@@ -208,9 +205,9 @@ class Psana2EventSource(EventSource):
     def _reader(self, run: Any) -> Reader:
         calibration = self.parameters.calibration
         if calibration not in ("auto", "none", "database"):
-            constants = _constants(Path(calibration))
-            run._calib_const = constants  # noqa: SLF001 - psana's own prefetching does it this way
-            run.dsparms.calibconst = constants
+            found = constants.read(Path(calibration))
+            run._calib_const = found  # noqa: SLF001 - psana's own prefetching does it this way
+            run.dsparms.calibconst = found
         return Reader(make_data_sources(self.context, {"run": run}))
 
     # ------------------------------------------------------------------------------------------------------- events
@@ -311,23 +308,3 @@ def parallel_psana(parameters: Any, identifier: identifiers.Psana2Identifier, si
             "use `division: index`"
         )
     return True
-
-
-def _constants(path: Path) -> Mapping[str, Any]:
-    try:
-        with path.open("rb") as file:
-            content = pickle.load(file)  # noqa: S301 - psana's own format; the file is named by the user
-        return {
-            detector: {kind: (array, {**_UNSAID, **(about or {})}) for kind, (array, about) in (kinds or {}).items()}
-            for detector, kinds in content["calib_const"].items()
-        }
-    except FileNotFoundError:
-        raise SourceError(
-            f"event_source.calibration: file {path} does not exist; valid are auto, none, database or the path of a "
-            "pickle file with calibration constants"
-        ) from None
-    except (OSError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise SourceError(
-            f"event_source.calibration: {path} is no file of calibration constants ({error!r}); it must be a pickled "
-            "dictionary {calib_const: {detector: {kind: (array, about)}}}, as psana's calib_prefetch writes it"
-        ) from error

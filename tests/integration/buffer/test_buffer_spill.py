@@ -98,6 +98,34 @@ def test_a_full_disk_falls_back_to_back_pressure(
     assert [int(message[:12]) for message in collector.finish()] == list(range(count))
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_what_cannot_be_written_at_the_end_is_counted_as_lost(
+    run_buffer, zmq_push, raw, pull_greeting, tmp_path, wait_until, monkeypatch, number
+):
+    """Who reads the last figures must not take it for kept."""
+    running = run_buffer(spill=str(tmp_path / "s"), capacity="64MiB", send_buffer="64KiB", drain=0.1)
+    slow = raw(running.out, pull_greeting)
+    wait_until(lambda: running.status()["consumers"] == 1, 10, "consumer")
+    push = zmq_push(running.inp)
+    for _ in range(20):
+        push.send(bytes(700_000))
+    push.close()
+    wait_until(lambda: running.amounts()[0] == 20, 20, "all messages")
+    assert running.status()["disk_bytes"] == 0, "they are in memory: a consumer is there"
+
+    def pwrite(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("nngstream.spill.os.pwrite", pwrite)
+    running.buffer.stop()
+    assert running.wait() == "failed"
+    status = running.status()
+    assert status["held"]["messages"] == 0
+    assert status["sent"]["messages"] + status["lost"]["messages"] == 20
+    assert status["lost"]["messages"] > 10
+    slow.close()
+
+
 def _start(start, folder, *words, command=("nngstream",)):
     child = start(
         *command, "--in", "tcp://127.0.0.1:0", "--out", "tcp://127.0.0.1:0", "--status", "http://127.0.0.1:0",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -39,6 +40,8 @@ class World:
         engine_fails: the engine ends badly.
         engine_waits: the engine stays active until this is false.
         buffer_waits: the buffer stays active although the engine has completed.
+        buffer_stays: a buffer that is cancelled goes on, because it writes, until this is false.
+        summary: the last figures of a buffer that was cancelled; None: it could not write them.
         away: every call fails as if the job service were not reachable.
         before: called with the name of each call before it is done, and with `after` afterwards.
     """
@@ -49,6 +52,8 @@ class World:
         self.engine_fails = False
         self.engine_waits = False
         self.buffer_waits = False
+        self.buffer_stays = False
+        self.summary: dict[str, Any] | None = None
         self.away = False
         self.refuse_engine = False
         self.hook: Callable[[str, str], None] = lambda name, when: None
@@ -109,6 +114,8 @@ class World:
             if job is None:
                 raise ServiceError("404", status=404, detail="no such job")
             self._live(job)
+            if job.get("canceled") and not self.buffer_stays:
+                self.reach(job, JobState.canceled)
             return list(job["history"])
 
     def _live(self, job: dict[str, Any]) -> None:
@@ -131,10 +138,14 @@ class World:
             job = self.jobs.get(jobid)
             if job is None:
                 raise ServiceError("404", status=404, detail="no such job")
-            self.reach(job, JobState.canceled)
+            job["canceled"] = True
+            if not (self.buffer_stays and job["spec"]["name"].endswith("buffer")):
+                self.reach(job, JobState.canceled)
 
     async def download(self, jobid: str, path: str) -> bytes:
         with self._call("download"):
+            if self.jobs[jobid]["history"][-1].state is JobState.canceled and self.summary is not None:
+                return json.dumps(self.summary).encode()
             if self.jobs[jobid]["history"][-1].state is not JobState.completed:
                 raise ServiceError("404", status=404, detail="no such file")
             return (

@@ -15,6 +15,7 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import inspect, text
+from sqlalchemy.exc import IntegrityError
 
 from lclstream.api import database
 from lclstream.api.config import PortsConfig
@@ -217,6 +218,16 @@ def test_a_whole_life_in_rows(store: Store) -> None:
     assert (kept.released, kept.buffers) == (True, [{"held": 1}])
     assert store.leased_ports() == {}
     assert store.unreleased() == []
+
+
+def test_a_write_that_fails_does_not_tell_the_secret_of_a_job(store: Store) -> None:
+    """Its words go into the log, which more people read than the database."""
+    values = {"transfer": 10**6, "spec": '{"cb_secret": "a-secret-nobody-reads"}'}
+    row = "(transfer, role, position, key, spec, state, jobndx, info, started)"
+    insert = f"INSERT INTO jobs {row} VALUES (:transfer, 'buffer', 0, 'key', :spec, 'new', 0, '', false)"
+    with pytest.raises(IntegrityError, match="INSERT INTO jobs") as caught, store._engine.begin() as connection:
+        connection.execute(text(insert), values)
+    assert "a-secret-nobody-reads" not in str(caught.value)
 
 
 def test_ports_and_keys_under_concurrent_requests(store: Store) -> None:

@@ -159,22 +159,6 @@ def test_psanas_own_division_needs_three_ranks_and_two_of_them_do_not_send(
 
 
 @pytest.mark.parametrize(
-    ("identifier", "experiment"),
-    [
-        ("exp=tmox42619,run=7", "tmox42619"),
-        ("exp=xpptut15:run=54:smd", "xpptut15"),
-        ("run=7,exp=tmox42619", "tmox42619"),
-        ("files=/data/exp=1/x.xtc2", None),
-    ],
-)
-def test_the_experiment_is_the_one_the_source_names(
-    settings: Callable[..., ApiConfig], configuration: dict[str, Any], identifier: str, experiment: str | None
-) -> None:
-    parameters, _ = launch.checked({**configuration, "source_identifier": identifier}, settings())
-    assert plan.experiment_of(parameters) == experiment
-
-
-@pytest.mark.parametrize(
     ("dtype", "size"), [("float32", 4), ("float", 8), ("uint16", 2), ("<f8", 8), ("i2", 2), ("double", 8), ("int", 8)]
 )
 def test_what_an_internal_source_gives_is_known_beforehand(

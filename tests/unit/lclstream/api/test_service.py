@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from lclstream.api import callbacks
+from lclstream.api import callbacks, cli
 from lclstream.api.client import AsyncTransferClient, TransferClient
 from lclstream.api.config import ApiConfig
 from lclstream.api.models import ClientName, JobState, TransferPhase
@@ -293,7 +293,12 @@ def test_operators_and_members_of_the_experiment_by_the_roles_file(
         ssl.PEM_cert_to_DER_cert((sites["s3df"].member("alice").folder / "id.crt").read_text())
     ).issuer
     roles = tmp_path / "roles.yaml"
-    document = {"issuers": {"s3df": issuer}, "home": "s3df", "operators": ["root"], "experiments": {"tmox1": ["bob"]}}
+    document = {
+        "issuers": {"s3df": issuer},
+        "home": "s3df",
+        "operators": ["root"],
+        "experiments": {"tmox1": ["alice", "bob"]},
+    }
     roles.write_text(json.dumps(document))
     url = serving(settings(roles=str(roles)))
     alice, bob, root, eve = (TransferClient(url, sites["s3df"].member(who)) for who in ("alice", "bob", "root", "eve"))
@@ -465,6 +470,52 @@ def test_callbacks(
     assert ended(alice, number, wait_until).phase is TransferPhase.done
     for job in world.of("engine"):
         world.reach(job, JobState.completed)
+
+
+def test_callbacks_come_from_the_services_of_the_roles_file(
+    serving: Callable[[ApiConfig], str],
+    settings: Callable[..., ApiConfig],
+    sites: dict[str, Any],
+    world: Any,
+    configuration: dict[str, Any],
+    tmp_path: Any,
+    wait_until: Callable[..., None],
+) -> None:
+    world.engine_waits = True
+    issuer = Identity.of_certificate(
+        ssl.PEM_cert_to_DER_cert((sites["s3df"].member("alice").folder / "id.crt").read_text())
+    ).issuer
+    roles = tmp_path / "roles.yaml"
+    roles.write_text(json.dumps({"issuers": {"s3df": issuer}, "home": "s3df", "services": ["jobs"]}))
+    url = serving(settings(roles=str(roles)))
+    with TransferClient(url, sites["s3df"].member("alice")) as alice:
+        number = alice.request(configuration).id
+        wait_until(lambda: alice.info(number).phase is TransferPhase.producing, 20, "producing")
+        body, signature = callback_of(world, "engine", "failed")
+        header = {callbacks.HEADER: signature}
+        with http.client(url, sites["s3df"].member("alice")) as stranger:
+            answer = stranger.post("/v1/callback/producer", content=body, headers=header)
+        assert answer.status_code == 403
+        assert "(rule: call_back)" in answer.text
+        assert alice.info(number).phase is TransferPhase.producing
+        with http.client(url, sites["s3df"].member("jobs")) as service:
+            assert service.post("/v1/callback/producer", content=body, headers=header).status_code == 200
+        assert ended(alice, number, wait_until).phase is TransferPhase.failed
+
+
+@pytest.mark.parametrize("scheme", ["tcp", "tls+tcp"])
+def test_a_broken_roles_file_is_told_at_the_start(
+    sites: dict[str, Any], tmp_path: Any, scheme: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "roles.yaml").write_text("operators: [nobody@nowhere]")
+    folder = sites["s3df"].member("api").folder
+    document = {"credentials": str(folder), "job_service": {"url": "https://127.0.0.1:1"}, "roles": "roles.yaml"}
+    document |= {"ports": {"scheme": scheme}, "database": f"sqlite:///{tmp_path}/t.sqlite"}
+    (tmp_path / "api.yaml").write_text(json.dumps(document))
+    with pytest.raises(SystemExit) as caught:
+        cli.app(["--config", str(tmp_path / "api.yaml")])
+    assert caught.value.code == 2
+    assert "roles.yaml" in capsys.readouterr().err
 
 
 def test_secrets_are_not_shown(

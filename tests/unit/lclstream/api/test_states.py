@@ -67,6 +67,16 @@ def test_done_needs_the_good_end_of_both_jobs() -> None:
     assert failed.state is State.failed
 
 
+def test_what_was_set_aside_is_done_only_when_it_is_kept() -> None:
+    set_aside = states.step(State.draining, Event.set_aside)
+    assert set_aside is not None
+    assert (set_aside.state, set_aside.effects) == (State.keeping, (Effect.stop_buffer,))
+    ends = {event: answer.state for (state, event), answer in TABLE.items() if state is State.keeping}
+    assert [event for event, end in ends.items() if end is State.done] == [Event.kept]
+    assert ends[Event.not_kept] is State.failed
+    assert ends[Event.time_limit] is State.failed, "and not for ever"
+
+
 class Life(RuleBasedStateMachine):
     """Any events in any order: what was started is stopped, once, and nothing is started after the end."""
 

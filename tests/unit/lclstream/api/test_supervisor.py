@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from lclstream.api import launch
 from lclstream.api.config import ApiConfig
@@ -14,6 +17,7 @@ from lclstream.api.models import JobState
 from lclstream.api.states import Event, State
 from lclstream.api.store import Order, Store
 from lclstream.api.supervisor import Supervisor
+from lclstream.security.errors import UnreachableError
 from lclstream.security.identity import Identity
 
 pytestmark = pytest.mark.asyncio
@@ -231,6 +235,116 @@ async def test_a_lease_that_is_not_renewed_ends_the_transfer(scene: Scene) -> No
     scene.nothing_is_left()
 
 
+class Outage:
+    """The database, which can be away; and a clock that is put on."""
+
+    def __init__(self, scene: Scene) -> None:
+        self.scene = scene
+        self.away = False
+        self.refused: list[str] = []
+        self.now = scene.store.clock()
+        scene.store.clock = lambda: self.now
+
+    def __getattr__(self, name: str) -> Any:
+        real = getattr(self.scene.store, name)
+        if name == "clock":
+            return real
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self.away:
+                self.refused.append(name)
+                raise OperationalError(name, None, ConnectionError("the database is away"))
+            return real(*args, **kwargs)
+
+        return call
+
+    def moments(self) -> tuple[float | None, float | None]:
+        row = self.scene.store.get(self.scene.number)
+        assert row is not None
+        return row.deadline, row.lease_expires
+
+
+async def test_what_the_jobs_did_while_the_service_was_away_counts_and_not_the_time(scene: Scene) -> None:
+    outage = Outage(scene)
+    scene.world.buffer_waits = True
+    scene.request()
+    async with scene.supervisor():
+        await scene.until(lambda: scene.state is State.draining, "draining")
+    outage.now += 900
+    for job in scene.world.of("buffer"):
+        scene.world.reach(job, JobState.completed, "0")
+    async with scene.supervisor():
+        assert await scene.released() is State.done
+    scene.nothing_is_left()
+
+
+async def test_a_buffer_that_drains_has_its_time_after_an_absence(scene: Scene) -> None:
+    outage = Outage(scene)
+    scene.world.buffer_waits = True
+    number = scene.request()
+    async with scene.supervisor() as supervisor:
+        await scene.until(lambda: scene.state is State.draining, "draining")
+        before, _ = outage.moments()
+    outage.now += 900
+    reads: list[str] = []
+    scene.world.hook = lambda name, when: reads.append(name) if name == "read" else None
+    async with scene.supervisor() as supervisor:
+        await scene.until(lambda: len(reads) > 3, "rounds of the driver")
+        assert scene.state is State.draining
+        after, _ = outage.moments()
+        assert before is not None
+        assert after == before + 900
+        outage.now = after
+        supervisor.wake(number)
+        assert await scene.released() is State.failed, "its time is still limited"
+    scene.nothing_is_left()
+
+
+async def test_a_lease_begins_anew_after_an_absence_of_the_service(scene: Scene) -> None:
+    outage = Outage(scene)
+    scene.world.engine_waits = True
+    number = scene.request(lease_s=60)
+    async with scene.supervisor():
+        await scene.until(lambda: scene.state is State.producing, "producing")
+        scene.store.renew(number, 70)
+        outage.now += 65
+    outage.now += 900
+    reads: list[str] = []
+    scene.world.hook = lambda name, when: reads.append(name) if name == "read" else None
+    async with scene.supervisor() as supervisor:
+        await scene.until(lambda: len(reads) > 3, "rounds of the driver")
+        assert scene.state is State.producing
+        assert outage.moments()[1] == outage.now + 70, "as long as it was renewed for"
+        outage.now += 71
+        supervisor.wake(number)
+        assert await scene.released() is State.expired, "nobody renewed it, although he could"
+    scene.nothing_is_left()
+
+
+async def test_the_time_without_a_database_counts_against_nobody(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lclstream.api import supervisor as module
+
+    monkeypatch.setattr(module, "_RESTART_S", 0.01)
+    monkeypatch.setattr(module, "_PRESENT_S", 0.02)
+    outage = Outage(scene)
+    scene.world.engine_waits = True
+    scene.request(lease_s=60)
+    async with scene.supervisor(outage) as supervisor:  # type: ignore[arg-type]
+        await scene.until(lambda: scene.state is State.producing, "producing")
+        limit, _ = outage.moments()
+        assert limit is not None
+        outage.away = True
+        await scene.until(lambda: "present" in outage.refused and "get" in outage.refused, "failed calls")
+        outage.now += 90000
+        outage.away = False
+        await scene.until(lambda: outage.moments() == (limit + 90000, outage.now + 60), "moments moved on")
+        assert scene.state is State.producing
+        scene.world.engine_waits = False
+        supervisor.wake(scene.number)
+        assert await scene.released() is State.done
+    scene.nothing_is_left()
+
+
 @pytest.mark.parametrize("limited", ["requested", "buffer_starting", "ready", "producing", "draining"])
 async def test_every_state_has_an_end_in_time(
     world: Any,
@@ -347,8 +461,8 @@ class Bomb:
         class Fragile:
             def __getattr__(self, name: str) -> Any:
                 real = getattr(bomb.scene.store, name)
-                if name in ("clock", "get", "jobs", "effects", "unreleased", "log"):
-                    return real  # reading changes nothing
+                if name in ("clock", "get", "jobs", "effects", "unreleased", "log", "present"):
+                    return real  # reading changes nothing, and a mark that the service is there nothing of a transfer
 
                 def call(*args: Any, **kwargs: Any) -> Any:
                     bomb.tick(name, "before")
@@ -410,21 +524,133 @@ async def test_a_crash_at_any_step_converges_to_the_same_end(
     assert at > 15, "the bomb must have gone off at many steps"
 
 
-async def test_what_nobody_pulled_is_kept_in_files_where_that_was_asked_for(
-    world: Any, store: Store, settings: Callable[..., ApiConfig], configuration: dict[str, Any]
-) -> None:
-    config = settings(limits_s={"draining": 0.3}, buffer={"spill": "/scratch/spill"})
-    store._limit_s = config.limit_s
-    scene = Scene(world, store, config, configuration)
-    world.buffer_waits = True
-    number = scene.request(spill=True)
-    async with scene.supervisor():
-        assert await scene.released() is State.done
-    scene.nothing_is_left()
-    row = store.get(number)
+class Spilling(Scene):
+    """A transfer whose consumers are slow, and which keeps what is left in files."""
+
+    def __init__(self, world: Any, store: Store, config: ApiConfig, configuration: dict[str, Any]) -> None:
+        super().__init__(world, store, config, configuration)
+        store._limit_s = config.limit_s
+        world.buffer_waits = True
+
+    @property
+    def info(self) -> str:
+        row = self.store.get(self.number)
+        assert row is not None
+        return row.info
+
+
+@pytest.fixture
+def spilling(world: Any, store: Store, settings: Callable[..., ApiConfig], configuration: dict[str, Any]) -> Spilling:
+    config = settings(limits_s={"draining": 0.3, "keeping": 20}, buffer={"spill": "/scratch/spill"})
+    return Spilling(world, store, config, configuration)
+
+
+def account(lost: int) -> dict[str, Any]:
+    return {"name": "x", "state": "failed", "held": {"messages": 3 - lost}, "lost": {"messages": lost}}
+
+
+async def test_what_nobody_pulled_is_kept_in_files_where_that_was_asked_for(spilling: Spilling) -> None:
+    spilling.world.summary = account(lost=0)
+    number = spilling.request(spill=True)
+    async with spilling.supervisor():
+        assert await spilling.released() is State.done
+    spilling.nothing_is_left()
+    (job,) = spilling.world.of("buffer")
+    folder = shlex.split(job["spec"]["script"])[-1]
+    assert folder.startswith(f"/scratch/spill/transfer-{number}-0")
+    assert spilling.info == f"nobody pulled the rest in time: it is kept in {folder}"
+    row = spilling.store.get(number)
     assert row is not None
-    assert row.info == f"nobody pulled the rest in time: it is kept in /scratch/spill/transfer-{number}-0"
-    assert f"--spill /scratch/spill/transfer-{number}-0\n" in world.of("buffer")[0]["spec"]["script"]
+    assert row.buffers == [account(lost=0)]
+
+
+async def test_a_new_database_does_not_give_out_what_transfers_of_an_older_one_have_left(
+    spilling: Spilling, tmp_path: Path
+) -> None:
+    """Both count from 1, and a buffer offers what it finds in its folder to whoever pulls."""
+    later = spilling.store.clock() + 1
+    newer = Store(f"sqlite:///{tmp_path}/newer.sqlite", spilling.config.limit_s, lambda: later)
+    folders = []
+    for store in (spilling.store, newer):
+        spilling.store = store
+        row = store.get(spilling.request(spill=True))
+        assert row is not None
+        again = store.get(row.id)
+        assert again is not None
+        assert launch.spill_folder(again, 0, spilling.config) == launch.spill_folder(row, 0, spilling.config)
+        folders.append((row.id, launch.spill_folder(row, 0, spilling.config)))
+    newer.close()
+    assert folders[0][0] == folders[1][0] == 1
+    assert folders[0][1] != folders[1][1]
+
+
+async def test_a_transfer_is_not_done_before_the_buffer_has_kept_the_rest(spilling: Spilling) -> None:
+    spilling.world.buffer_stays = True
+    spilling.world.summary = account(lost=0)
+    number = spilling.request(spill=True)
+    async with spilling.supervisor():
+        await spilling.until(lambda: spilling.state is State.keeping, "keeping")
+        asked: list[str] = []
+        spilling.world.hook = lambda name, when: asked.append(name)
+        await spilling.until(lambda: asked.count("history") > 3, "looks at the job")
+        assert spilling.state is State.keeping, "it writes"
+        assert spilling.state.phase.value == "draining", "clients know this phase"
+        assert len(spilling.store.leased_ports()) == 3
+    async with spilling.supervisor() as supervisor:
+        spilling.world.buffer_stays = False
+        supervisor.wake(number)
+        assert await spilling.released() is State.done
+    spilling.nothing_is_left()
+
+
+@pytest.mark.parametrize(
+    ("summary", "words"),
+    [
+        (account(lost=2), "2 messages are lost; what is kept is in /scratch/spill/transfer-"),
+        (None, "it is not known whether it is kept in /scratch/spill/transfer-"),
+    ],
+    ids=["full disk", "killed while it wrote"],
+)
+async def test_what_could_not_be_kept_fails_the_transfer(
+    spilling: Spilling, summary: dict[str, Any] | None, words: str
+) -> None:
+    spilling.world.summary = summary
+    spilling.request(spill=True)
+    async with spilling.supervisor():
+        assert await spilling.released() is State.failed
+    spilling.nothing_is_left()
+    assert words in spilling.info
+    assert any(client == "cache" and "signal 9" in text for client, _, text in spilling.log()), "the job's own words"
+
+
+async def test_a_buffer_that_keeps_for_ever_fails_the_transfer(spilling: Spilling) -> None:
+    spilling.config = spilling.config.model_copy(update={"limits_s": {State.draining: 0.2, State.keeping: 0.2}})
+    spilling.store._limit_s = spilling.config.limit_s
+    spilling.world.buffer_stays = True
+    spilling.request(spill=True)
+    async with spilling.supervisor():
+        await spilling.until(lambda: spilling.state.final, "an end")
+        assert spilling.state is State.failed
+        assert "the buffer has not ended within 0.2 s" in spilling.info
+        spilling.world.buffer_stays = False
+        await spilling.released()
+    spilling.nothing_is_left()
+
+
+async def test_a_job_service_that_is_away_delays_the_account_of_what_is_kept(spilling: Spilling) -> None:
+    spilling.world.summary = account(lost=0)
+    failures: list[str] = []
+
+    def hook(name: str, when: str) -> None:
+        if name == "download" and when == "before" and len(failures) < 3:
+            failures.append(name)
+            raise UnreachableError("nobody answers at the job service")
+
+    spilling.world.hook = hook
+    spilling.request(spill=True)
+    async with spilling.supervisor():
+        assert await spilling.released() is State.done
+    assert len(failures) == 3
 
 
 async def test_several_buffers_must_all_answer_and_all_end(scene: Scene) -> None:

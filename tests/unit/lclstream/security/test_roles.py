@@ -37,11 +37,11 @@ def caller(login: str, issuer: str = S3DF) -> Identity:
     ("who", "allowed"),
     [
         (caller("bob"), {Action.see, Action.read, Action.change, Action.cancel}),
-        (caller("ada"), {Action.see, Action.read}),
-        (caller("carol", OLCF), {Action.see, Action.read}),
-        (caller("oscar"), {Action.see, Action.cancel}),
-        (caller("olga", OLCF), {Action.see, Action.cancel}),
-        (caller("jobs", OLCF), {Action.call_back}),
+        (caller("ada"), {Action.see, Action.read, Action.request}),
+        (caller("carol", OLCF), {Action.see, Action.read, Action.request}),
+        (caller("oscar"), {Action.see, Action.cancel, Action.request}),
+        (caller("olga", OLCF), {Action.see, Action.cancel, Action.request}),
+        (caller("jobs", OLCF), {Action.call_back, Action.request}),
         (caller("mallory"), set()),
     ],
 )
@@ -77,8 +77,11 @@ def test_a_ruling_says_who_and_by_which_rule() -> None:
         assert word in refused.rule
 
 
-def test_without_a_file_everybody_owns_his_own_and_nothing_else(tmp_path: Path) -> None:
+def test_without_a_file_everybody_owns_his_own_and_nothing_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     roles = RolesFile(tmp_path / "roles.yaml").current
+    assert "roles.yaml does not exist: nobody is operator" in caplog.text, "it may be a slip in the configuration"
     assert roles == NOBODY
     assert roles.may(caller("bob"), Action.cancel, owner=BOB)
     assert not roles.may(caller("oscar"), Action.see, owner=BOB)
@@ -124,6 +127,11 @@ def test_a_changed_file_counts_at_once_and_a_broken_one_not_at_all(
         path.write_text("operators: [")
         assert file.current.may(caller("eve"), Action.cancel, owner=BOB)
     assert "stay in force" in caplog.text
+    path.unlink()
+    assert file.current.may(caller("eve"), Action.cancel, owner=BOB), "a removed file does not change the rules"
+    assert "does not exist any more" in caplog.text
+    path.write_text(yaml.safe_dump(DOCUMENT))
+    assert file.current.may(caller("oscar"), Action.cancel, owner=BOB)
 
 
 @settings(max_examples=300, deadline=None)
