@@ -118,6 +118,8 @@ class Trial:
 
 
 _ORDER = [state.value for state in State]
+#: States that last as long as the news of a job's end takes: they are passed, not waited in, and only in some stories.
+_PASSED = (State.emptied, State.keeping)
 
 
 def _has_come(state: str, now: str) -> bool:
@@ -149,20 +151,20 @@ def trials() -> list[Trial]:
         Trial("good", "", victim, point)
         for point in [*_points_of_life(), *_points_of_end(State.done)]
         for victim in SERVICES
-        if point.value != State.emptied
+        if point.value not in _PASSED
     ]
     # Seldom shown otherwise: the buffer must have ended before the engine's job has.
     found += [Trial("late", "", victim, Point("state", State.emptied.value)) for victim in SERVICES]
     turns = itertools.cycle(SERVICES)
     stories = {Event.cancel: "cancel", Event.lease_expired: "lease"}
     for (state, event), answer in TABLE.items():
-        # `emptied` lasts as long as the news of the engine's end takes: it is passed, not waited in.
-        if event in stories and state is not State.emptied:
+        if event in stories and state not in _PASSED:
             for point in _points_of_end(answer.state):
                 found.append(Trial(stories[event], state.value, next(turns), point))
     for at in (State.producing, State.draining):
         found += [Trial("limit", at.value, next(turns), point) for point in _points_of_end(State.failed)]
     found += [Trial("engine fails", "", next(turns), point) for point in _points_of_end(State.failed)]
+    found += [Trial("spill", "", victim, Point("state", State.keeping.value)) for victim in SERVICES]
     found += [Trial("spill", "", next(turns), point) for point in _points_of_end(State.done)]
     for victim, states in (
         ("buffer", ("ready", "producing", "draining")),
