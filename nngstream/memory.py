@@ -25,6 +25,8 @@ BATCH_OVERHEAD = 512
 #: Largest read of small messages at once, in bytes.
 CHUNK = 1024 * 1024
 _HUGE = 2 * 1024 * 1024
+#: Copies up to this size come from the heap, in bytes.
+_COPY_SMALL = 32 * 1024
 #: Producers that wait go on when this part of the capacity is free: 1/16.
 _LET_IN = 16
 #: A wait for memory looks at least this often whether it should be given up, in seconds.
@@ -173,7 +175,18 @@ class Pool:
         Raises:
             InterruptedWaitError: `alive` said no.
         """
-        charged = min(len(data) + BATCH_OVERHEAD, self.capacity)
+        size = len(data)
+        if _COPY_SMALL < size <= self.capacity:
+            # Freed pieces of this size stay in the heap, between others, beside the slabs that took their room.
+            charged = self._charge(size)
+            with self._changed:
+                self._reserve(charged, alive)
+                slab = self._take_kept(charged)
+                self._evict()
+            block = Block(self, slab or self._fresh(charged), charged)
+            block.view[:size] = data
+            return block
+        charged = min(size + BATCH_OVERHEAD, self.capacity)
         with self._changed:
             self._reserve(charged, alive)
             self._evict()

@@ -228,3 +228,17 @@ def test_a_slab_that_could_not_grow_serves_the_next_message():
     again.view[:1] = b"y"
     again.drop()
     assert pool.used == 0
+
+
+def test_copies_lie_in_memory_that_is_used_again_but_for_small_ones():
+    pool = Pool(1 << 20)
+    for size in (100_000, 99_000, 98_500):
+        block = pool.copy(memoryview(bytes([7]) * size), lambda: True)
+        assert bytes(block.view[:size]) == bytes([7]) * size
+        assert pool.used == block.charged >= size
+        block.drop()
+        assert (pool.used, pool.mapped) == (0, block.charged)
+    small = pool.copy(memoryview(b"small"), lambda: True)
+    assert bytes(small.view) == b"small"
+    small.drop()
+    assert pool.used == 0
