@@ -43,5 +43,6 @@ def test_every_transition_of_the_table_has_a_trial(chaos: Any) -> None:
     }
     for event, story in ((Event.cancel, "cancel"), (Event.lease_expired, "lease")):
         places = {trial.at for trial in trials if trial.story == story}
-        assert places == {state.value for state, what in TABLE if what is event} - {"emptied"}
+        # These two are passed, not waited in: nothing can be asked of a transfer just then.
+        assert places == {state.value for state, what in TABLE if what is event} - {"emptied", "keeping"}
     assert {trial.at for trial in trials} <= {"", *(state.value for state in LIVING)}
