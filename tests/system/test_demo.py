@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -25,11 +26,12 @@ def processes_of(folder: Path) -> list[str]:
         if process.pid == os.getpid():
             continue
         try:
-            words = [*process.cmdline(), *process.environ().values(), process.cwd()]
+            command = process.cmdline()
+            words = [*command, *process.environ().values(), process.cwd()]
         except (psutil.Error, OSError):
             continue
         if any(str(folder) in word for word in words):
-            found.append(" ".join(process.cmdline()))
+            found.append(" ".join(command))
     return found
 
 
@@ -40,9 +42,15 @@ def assert_nothing_left(folder: Path, wait_until: Callable[..., None]) -> None:
 def listening_ports(folder: Path) -> set[int]:
     """Ports the programs of a demonstration listen at, from its own configuration files and Airflow's address."""
     pids = set(json.loads((folder / "pids.json").read_text()).values())
-    trees = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
-    members = [child for tree in trees for child in [tree, *tree.children(recursive=True)]]
-    return {c.laddr.port for p in members for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+    ports = set()
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            tree = psutil.Process(pid)
+            for member in [tree, *tree.children(recursive=True)]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    connections = member.net_connections("tcp")
+                    ports |= {one.laddr.port for one in connections if one.status == psutil.CONN_LISTEN}
+    return ports
 
 
 def test_a_synthetic_run_is_streamed_and_analysed_completely(

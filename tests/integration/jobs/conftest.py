@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import signal
@@ -118,7 +119,8 @@ class Service:
             if self.child.process.poll() is None:
                 self.kill()
             for process in self.processes():
-                process.kill()
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
 
 
 def _port() -> int:

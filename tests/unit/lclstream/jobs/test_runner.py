@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -80,7 +81,8 @@ def attempt(tmp_path: Path) -> Iterator[Attempt]:
         process.kill()
         process.wait(10)
     for left in attempt.processes():
-        left.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            left.kill()
 
 
 def test_exit_codes_are_kept(attempt: Attempt) -> None:
