@@ -118,7 +118,8 @@ class AirflowSite:
     def transfer_folders(self, number: int) -> list[Path]:
         """Folders of a transfer's jobs: buffers and engine."""
         found = []
-        for spec in (self.workspace / "jobs/s3df").glob("*/spec.json"):
+        # A job whose folder is being made has a hidden one.
+        for spec in (self.workspace / "jobs/s3df").glob("[!.]*/spec.json"):
             if json.loads(spec.read_text()).get("name", "").startswith(f"transfer-{number}-"):
                 found.append(spec.parent)
         return found

@@ -22,9 +22,13 @@ from hypothesis import HealthCheck, settings
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 # Airflow reads its environment when it is first imported, which may be during collection.
-_airflow_home = tempfile.mkdtemp(prefix="lclstream-airflow-")
-atexit.register(shutil.rmtree, _airflow_home, ignore_errors=True)
-os.environ.setdefault("AIRFLOW_HOME", _airflow_home)
+if "AIRFLOW_HOME" not in os.environ:
+    os.environ["AIRFLOW_HOME"] = tempfile.mkdtemp(prefix="lclstream-airflow-")
+    atexit.register(shutil.rmtree, os.environ["AIRFLOW_HOME"], ignore_errors=True)
+# Pytest's workers inherit it: each has an Airflow of its own below it, because two that make one database at once fail,
+# and the pools and DAG runs of one are no business of the other's.
+os.environ["AIRFLOW_HOME"] = str(Path(os.environ["AIRFLOW_HOME"]) / os.environ.get("PYTEST_XDIST_WORKER", ""))
+Path(os.environ["AIRFLOW_HOME"]).mkdir(parents=True, exist_ok=True)
 os.environ.setdefault("AIRFLOW__CORE__LOAD_EXAMPLES", "False")
 os.environ.setdefault("AIRFLOW__CORE__DAGS_FOLDER", str(REPOSITORY / "dags"))
 os.environ.setdefault("AIRFLOW__CORE__UNIT_TEST_MODE", "False")
