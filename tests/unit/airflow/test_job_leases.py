@@ -67,7 +67,7 @@ def test_work_that_outlives_its_task_has_no_lease(
     jobs: JobClient, context: dict[str, Any], tmp_path: Any, arguments: dict[str, Any]
 ) -> None:
     (tmp_path / "in").write_text("x")
-    task = operator("exec sleep 60", input_files={"in": str(tmp_path / "in")}, **arguments)
+    task = operator("exec sleep 600", input_files={"in": str(tmp_path / "in")}, **arguments)
     renewals = list[str]()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JobClient, "renew", lambda self, jobid, lease_s: renewals.append(jobid))

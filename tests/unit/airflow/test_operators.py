@@ -441,10 +441,10 @@ def test_a_job_gives_its_result_and_its_files(jobs: JobClient, context: dict[str
 
 def test_a_job_is_found_again_by_a_task_that_runs_again(jobs: JobClient, context: dict[str, Any]) -> None:
     context["ti"].task_id, context["ti"].run_id = "analyse", "again"
-    first = deferred(job_operator("exec sleep 60"), context).trigger.serialize()[1]["remote_id"]
-    second = deferred(job_operator("exec sleep 60"), context).trigger.serialize()[1]["remote_id"]
+    first = deferred(job_operator("exec sleep 600"), context).trigger.serialize()[1]["remote_id"]
+    second = deferred(job_operator("exec sleep 600"), context).trigger.serialize()[1]["remote_id"]
     assert first == second
-    operator = job_operator("exec sleep 60")
+    operator = job_operator("exec sleep 600")
     assert deferred(operator, context).trigger.serialize()[1]["remote_id"] == first
     operator.on_kill()
     deadline = time.monotonic() + 60
@@ -452,7 +452,7 @@ def test_a_job_is_found_again_by_a_task_that_runs_again(jobs: JobClient, context
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert jobs.state(first) is JobState.canceled
-    third = deferred(job_operator("exec sleep 60"), context).trigger.serialize()[1]["remote_id"]
+    third = deferred(job_operator("exec sleep 600"), context).trigger.serialize()[1]["remote_id"]
     assert third != first
     jobs.cancel(third)
 

@@ -31,7 +31,7 @@ from lclstream_airflow.sensors.session import SessionEndSensor
 
 PROGRAM = f"""#!/bin/sh
 exec {sys.executable} -m lclstream.cli session -- sh -c 'case $LCLSTREAM_RUN in
-  1) ;; 2) exit 4;; 5) echo "{{\\"chi2\\": NaN, \\"slope\\": -Infinity}}" > result.json;; *) sleep 60;; esac'
+  1) ;; 2) exit 4;; 5) echo "{{\\"chi2\\": NaN, \\"slope\\": -Infinity}}" > result.json;; *) sleep 600;; esac'
 """
 
 
