@@ -18,15 +18,13 @@ import psutil
 from lclstream.api.client import TransferClient
 from lclstream.api.models import TransferInfo
 from lclstream.demo.airflow import PARTS, Airflow
-from lclstream.demo.processes import Children
+from lclstream.demo.processes import START_S, Children
 from lclstream.demo.services import Services
 from lclstream.demo.workspace import Workspace
 from lclstream.jobs.client import JobClient
 from lclstream.jobs.models import Transition
 
 TRIGGERER = "airflow-triggerer"
-#: Most seconds for everything to start on a busy machine with two cores.
-START_S = 240.0
 _PORT = re.compile(r"[:=](\d{5})\b")
 
 
@@ -87,7 +85,8 @@ class AirflowSite:
     def _signal(self, part: str, number: int) -> None:
         process = psutil.Process(self.children.find(part).process.pid)
         for member in [process, *process.children(recursive=True)]:
-            member.send_signal(number)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.send_signal(number)
 
     def kill_airflow(self) -> None:
         """End all of Airflow with SIGKILL."""
@@ -119,7 +118,8 @@ class AirflowSite:
     def transfer_folders(self, number: int) -> list[Path]:
         """Folders of a transfer's jobs: buffers and engine."""
         found = []
-        for spec in (self.workspace / "jobs/s3df").glob("*/spec.json"):
+        # A job whose folder is being made has a hidden one.
+        for spec in (self.workspace / "jobs/s3df").glob("[!.]*/spec.json"):
             if json.loads(spec.read_text()).get("name", "").startswith(f"transfer-{number}-"):
                 found.append(spec.parent)
         return found

@@ -87,7 +87,7 @@ class Processors:
         """Kill one with SIGKILL and start another in its place."""
         number = random.randrange(PROCESSORS)
         self._running[number].kill()
-        self._running[number].wait(15)
+        self._running[number].wait(30)
         self._running[number] = self._start(number)
 
     def close(self) -> None:
@@ -96,7 +96,7 @@ class Processors:
             process.terminate()
         for process in self._running:
             try:
-                process.wait(20)
+                process.wait(30)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait(15)
@@ -137,14 +137,14 @@ def _events(experiment: str, count: int) -> tuple[list[bytes], set[str], int]:
     return messages, wanted, unreadable
 
 
-def _dead_letters(bootstrap_servers: str, seconds: float) -> set[str]:
-    """What is in the dead-letter topic; a message that was put there twice counts once."""
+def _dead_letters(bootstrap_servers: str, wanted: int, seconds: float) -> set[str]:
+    """What is in the dead-letter topic, once that many are or the time is over; one that is there twice counts once."""
     consumer = Consumer({"bootstrap.servers": bootstrap_servers, "group.id": "chaos-reader"})
     known = consumer.list_topics("arp-dead-letter", timeout=20).topics["arp-dead-letter"].partitions
     consumer.assign([TopicPartition("arp-dead-letter", number, 0) for number in known])
     found: set[str] = set()
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+    while len(found) < wanted and time.monotonic() < deadline:
         message = consumer.poll(0.2)
         if message is not None and message.error() is None:
             found.add(json.loads(message.value())["value"])
@@ -259,7 +259,7 @@ def run(
             time.sleep(0.2)
         seconds = time.monotonic() - started
         made = airflow.ids()
-        letters = _dead_letters(address, 5) if kafka is None else set()
+        letters = _dead_letters(address, unreadable, 60) if kafka is None else set()
         created = [name for _, name, status in airflow.attempts if status == 200]
         return {
             "broker": f"Apache Kafka {KAFKA_VERSION} (KRaft, one node)" if broker else f"given: {kafka}",

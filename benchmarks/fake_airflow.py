@@ -16,6 +16,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
+from lclstream.demo.workspace import free_port_range
+
 USERNAME, PASSWORD = "arp", "correct horse"
 
 #: What to do with the next attempt to make a DAG run: answer with a status, or drop the connection ("drop", before the
@@ -117,7 +119,8 @@ class FakeAirflow:
 
         self._handler = Handler
         self._server: ThreadingHTTPServer | None = None
-        self.port = 0
+        # Below those of outgoing connections, one of which could take it while we are away.
+        self.port, _ = free_port_range(1)
         self.start()
 
     @property
@@ -128,7 +131,6 @@ class FakeAirflow:
     def start(self) -> None:
         """Listen, at the same port as before."""
         self._server = _Server(("127.0.0.1", self.port), self._handler)
-        self.port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
     def stop(self) -> None:

@@ -8,15 +8,16 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
 
 from confluent_kafka.admin import AdminClient, NewTopic
 
+from lclstream.demo.workspace import free_port_range
+
 KAFKA_VERSION = "4.1.0"
-START_S = 60.0
+START_S = 120.0
 _POM = f"""<project xmlns="http://maven.apache.org/POM/4.0.0"><modelVersion>4.0.0</modelVersion>
 <groupId>x</groupId><artifactId>x</artifactId><version>1</version><dependencies><dependency>
 <groupId>org.apache.kafka</groupId><artifactId>kafka_2.13</artifactId><version>{KAFKA_VERSION}</version>
@@ -61,16 +62,6 @@ def jars() -> Path:
     return libs
 
 
-def _free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [int(probe.getsockname()[1]) for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
-
-
 class KraftBroker:
     """One broker; use it in a ``with``. It can be killed and started again, with its messages and at its address.
 
@@ -87,7 +78,8 @@ class KraftBroker:
         self.folder = folder
         self._libs = jars()
         self._process: subprocess.Popen[bytes] | None = None
-        port, controller = _free_ports(2)
+        # While it is down between two starts, no outgoing connection takes them.
+        port, controller = free_port_range(2)
         self.bootstrap_servers = f"127.0.0.1:{port}"
         folder.mkdir(parents=True, exist_ok=True)
         self._properties = folder / "server.properties"
@@ -119,7 +111,8 @@ class KraftBroker:
         self.start()
         admin = AdminClient({"bootstrap.servers": self.bootstrap_servers})
         wanted = [NewTopic(name, num_partitions=partitions, replication_factor=1) for name in topics]
-        for made in admin.create_topics(wanted).values():
+        # With a time limit the answer comes when the topics are there, and not only wanted.
+        for made in admin.create_topics(wanted, operation_timeout=START_S, request_timeout=START_S).values():
             made.result(START_S)
 
     def _java(self, *words: str, memory: str = "64m") -> list[str]:

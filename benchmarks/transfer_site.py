@@ -48,13 +48,6 @@ def engine_config(events: int, *, batch_size: int = 1, shape: str = "16,16") -> 
     }
 
 
-def free_port() -> int:
-    """A loopback port nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def is_bindable(port: int) -> bool:
     """Whether a loopback port can be listened at."""
     with socket.socket() as probe:
@@ -68,12 +61,12 @@ def is_bindable(port: int) -> bool:
 
 def free_range(count: int) -> int:
     """The first of that many neighbouring free ports, below those Linux gives to outgoing connections."""
-    starts = list(range(10000, 32000 - count, count))
+    starts = list(range(16000, 32000 - count, count))
     random.shuffle(starts)
     for first in starts:
         if all(is_bindable(port) for port in range(first, first + count)):
             return first
-    raise RuntimeError(f"no {count} neighbouring free ports between 10000 and 32000")
+    raise RuntimeError(f"no {count} neighbouring free ports between 16000 and 32000")
 
 
 def wait_until(condition: Callable[[], object], timeout_s: float, what: str) -> None:
@@ -188,7 +181,7 @@ class Service:
         """SIGTERM, and wait for its end."""
         assert self.process is not None
         self.process.terminate()
-        return self.process.wait(30)
+        return self.process.wait(60)
 
     @property
     def descriptors(self) -> int:
@@ -216,9 +209,9 @@ class Site:
         folder.mkdir(parents=True, exist_ok=True)
         self.authority = SiteAuthority(folder / "certificates", "s3df")
         self.prefix = folder / "jobs"
-        self.first = free_range(ports)
-        self.last = self.first + ports - 1
-        jobs_port, api_port = free_port(), free_port()
+        # Nobody takes those of the services while these are down.
+        jobs_port = free_range(ports + 2)
+        api_port, self.first, self.last = jobs_port + 1, jobs_port + 2, jobs_port + 1 + ports
         self.jobs_url, self.url = f"https://127.0.0.1:{jobs_port}", f"https://127.0.0.1:{api_port}"
         self.jobs_config: dict[str, Any] = {
             "listen": {"port": jobs_port},
@@ -272,7 +265,7 @@ class Site:
         (self.folder / "api.yaml").write_text(yaml.safe_dump({**self.api_config, **changes}))
         self.api_service.start()
 
-    def ready(self, timeout_s: float = 60) -> float:
+    def ready(self, timeout_s: float = 120) -> float:
         """Wait until both services answer; returns the seconds."""
         began = time.monotonic()
         wait_until(lambda: _answers(lambda: self.jobs.list(limit=1)), timeout_s, "answer of the job service")

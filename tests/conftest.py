@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -16,17 +17,27 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 # Airflow reads its environment when it is first imported, which may be during collection.
-_airflow_home = tempfile.mkdtemp(prefix="lclstream-airflow-")
-atexit.register(shutil.rmtree, _airflow_home, ignore_errors=True)
-os.environ.setdefault("AIRFLOW_HOME", _airflow_home)
+if "AIRFLOW_HOME" not in os.environ:
+    os.environ["AIRFLOW_HOME"] = tempfile.mkdtemp(prefix="lclstream-airflow-")
+    atexit.register(shutil.rmtree, os.environ["AIRFLOW_HOME"], ignore_errors=True)
+# Pytest's workers inherit it: each has an Airflow of its own below it, because two that make one database at once fail,
+# and the pools and DAG runs of one are no business of the other's.
+os.environ["AIRFLOW_HOME"] = str(Path(os.environ["AIRFLOW_HOME"]) / os.environ.get("PYTEST_XDIST_WORKER", ""))
+Path(os.environ["AIRFLOW_HOME"]).mkdir(parents=True, exist_ok=True)
 os.environ.setdefault("AIRFLOW__CORE__LOAD_EXAMPLES", "False")
 os.environ.setdefault("AIRFLOW__CORE__DAGS_FOLDER", str(REPOSITORY / "dags"))
 os.environ.setdefault("AIRFLOW__CORE__UNIT_TEST_MODE", "False")
 os.environ.setdefault("AIRFLOW__API_AUTH__JWT_SECRET", "for tests only, and long enough for HS512: " + 21 * "x")
+
+
+# How long it takes to make an example says how busy the machine is, and nothing of the code.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 
 @pytest.fixture(scope="session")
@@ -38,16 +49,56 @@ def sites(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     return {site: SiteAuthority(base / site, site) for site in ("s3df", "olcf")}
 
 
-@pytest.fixture
+class _Ports:
+    """Loopback ports that stay free until somebody binds them.
+
+    They lie below those that Linux gives to outgoing connections and to whoever asks for any port, which could be given
+    away before our process listens; each of pytest's workers has a share of its own, and gives no port twice.
+    """
+
+    FIRST, COUNT = 10000, 6000
+
+    def __init__(self) -> None:
+        workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+        worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+        self._size = self.COUNT // workers
+        self._first = self.FIRST + worker * self._size
+        # Somewhere: another run of the tests on this machine most likely begins elsewhere.
+        self._next = random.randrange(self._size)
+
+    def neighbours(self, count: int) -> range:
+        """That many ports side by side which nobody has bound."""
+        for _ in range(self._size):
+            begin = self._next if self._next + count <= self._size else 0
+            self._next = begin + count
+            found = range(self._first + begin, self._first + begin + count)
+            if all(map(self._is_free, found)):
+                return found
+        raise AssertionError(f"no {count} neighbouring free ports from {self._first} on")
+
+    @staticmethod
+    def _is_free(port: int) -> bool:
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                return False
+        return True
+
+
+_ports = _Ports()
+
+
+@pytest.fixture(scope="session")
 def free_port() -> Callable[[], int]:
     """A function that gives a loopback port nobody listens at, a new one at each call."""
+    return lambda: _ports.neighbours(1)[0]
 
-    def port() -> int:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return int(probe.getsockname()[1])
 
-    return port
+@pytest.fixture(scope="session")
+def free_ports() -> Callable[[int], range]:
+    """``free_ports(count)`` gives that many of them side by side."""
+    return _ports.neighbours
 
 
 class Child:
@@ -74,7 +125,7 @@ class Child:
     def output(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def wait(self, timeout: float = 30) -> int:
+    def wait(self, timeout: float = 60) -> int:
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -82,14 +133,14 @@ class Child:
                 f"{self.process.args} still runs after {timeout} s:\n{self.output()[-4000:]}"
             ) from None
 
-    def wait_for_output(self, text: str, timeout: float = 30) -> None:
+    def wait_for_output(self, text: str, timeout: float = 60) -> None:
         wait_until(lambda: text in self.output() or self.process.poll() is not None, timeout, f"{text!r} in output")
         assert text in self.output(), f"ended with {self.process.returncode} before {text!r}:\n{self.output()[-4000:]}"
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
 
-    def stop(self, timeout: float = 15) -> int:
+    def stop(self, timeout: float = 30) -> int:
         """SIGTERM, then a bounded wait, then SIGKILL for the whole group; without effect when called again."""
         if not self._stopped:
             self._stopped = True
@@ -102,7 +153,7 @@ class Child:
         return self.process.wait(timeout)
 
 
-def wait_until(condition: Callable[[], object], timeout: float = 30, what: str = "condition") -> None:
+def wait_until(condition: Callable[[], object], timeout: float = 60, what: str = "condition") -> None:
     """Poll until the condition holds; fail with its name when it does not in time."""
     deadline = time.monotonic() + timeout
     while not condition():
@@ -111,7 +162,7 @@ def wait_until(condition: Callable[[], object], timeout: float = 30, what: str =
         time.sleep(0.02)
 
 
-@pytest.fixture(name="wait_until")
+@pytest.fixture(name="wait_until", scope="session")
 def wait_until_fixture() -> Callable[..., None]:
     return wait_until
 
@@ -151,9 +202,7 @@ class Superfacility:
 
         from lclstream.superfacility.keys import make_client
 
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
+        port = _ports.neighbours(1)[0]
         self.url = f"http://127.0.0.1:{port}"
         self.api_url = f"{self.url}/api/v1.2"
         self.token_url = f"{self.url}/c2id/token"
@@ -189,7 +238,7 @@ class Superfacility:
             with socket.socket() as probe:
                 return probe.connect_ex(("127.0.0.1", port)) == 0
 
-        wait_until(answers, 60, "answer of the Superfacility stand-in")
+        wait_until(answers, 90, "answer of the Superfacility stand-in")
 
     def say(self, status: str, **more: object) -> None:
         """How the machine stands from now on."""
@@ -201,7 +250,7 @@ class Superfacility:
 
     def stop(self) -> int:
         assert self.child is not None
-        return self.child.stop(30)
+        return self.child.stop(60)
 
 
 @pytest.fixture(scope="session")

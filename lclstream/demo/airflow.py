@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 
-from lclstream.demo.processes import Children, DemoError
+from lclstream.demo.processes import START_S, Children, DemoError
 from lclstream.demo.workspace import Workspace
 
 _LOGIN = "admin"
@@ -88,7 +88,7 @@ class Airflow:
     def start(self, children: Children) -> None:
         """Make the database and start the four parts; they are ready when :meth:`ready` says so."""
         airflow = [sys.executable, "-m", "airflow"]
-        children.run("airflow-db", [*airflow, "db", "migrate"], timeout=120, environment=self._environment)
+        children.run("airflow-db", [*airflow, "db", "migrate"], timeout=START_S, environment=self._environment)
         for name in PARTS:
             self.start_part(children, name)
 

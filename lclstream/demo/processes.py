@@ -23,8 +23,14 @@ from pathlib import Path
 import psutil
 
 _MARK = "LCLSTREAM_DEMO"
-#: Seconds a program has to end after SIGTERM before it is killed.
-STOP_S = 15.0
+#: Most seconds a program may take to start on a busy machine with two cores.
+START_S = 240.0
+#: Seconds a program has to end after SIGTERM before it is killed; parts of Airflow take long on a busy machine.
+STOP_S = 45.0
+#: Seconds within which a killed program is gone.
+_KILLED_S = 30.0
+#: Seconds in which what is just ending by itself is no stray.
+_ENDING_S = 5.0
 
 
 class DemoError(RuntimeError):
@@ -161,7 +167,7 @@ class Children:
         for pid in members:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        child.process.wait(STOP_S)
+        child.process.wait(_KILLED_S)
         self._running.remove(child)
         self._record()
 
@@ -218,7 +224,7 @@ class Children:
                     stubborn.append(f"{child.name} (pid {child.process.pid})")
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.process.pid, signal.SIGKILL)
-            child.process.wait(STOP_S)
+            child.process.wait(_KILLED_S)
         self._running.clear()
         self._record()
         return stubborn + self._end_marked()
@@ -230,8 +236,7 @@ class Children:
             with contextlib.suppress(psutil.Error, OSError):
                 if process.pid != os.getpid() and process.environ().get(_MARK) == self._mark:
                     left.append(process)
-        # What is just ending by itself is no stray.
-        _, left = psutil.wait_procs(left, timeout=2)
+        _, left = psutil.wait_procs(left, timeout=_ENDING_S)
         described = []
         for process in left:
             with contextlib.suppress(psutil.Error):
@@ -247,4 +252,7 @@ class Children:
     def _record(self) -> None:
         """Write who runs, for somebody who has to clean up after a kill -9 of the demonstration."""
         pids = {child.name: child.process.pid for child in self._running}
-        (self.logs.parent / "pids.json").write_text(json.dumps(pids, indent=2))
+        # Replaced, not written over: whoever looks at any moment finds all of it.
+        part = self.logs.parent / ".pids.json.part"
+        part.write_text(json.dumps(pids, indent=2))
+        part.replace(self.logs.parent / "pids.json")

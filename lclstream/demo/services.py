@@ -6,8 +6,8 @@ import sys
 from typing import Any
 
 from lclstream.demo.airflow import Airflow
-from lclstream.demo.processes import Children, DemoError
-from lclstream.demo.workspace import Workspace, free_port_range, free_ports
+from lclstream.demo.processes import START_S, Children, DemoError
+from lclstream.demo.workspace import Workspace, free_port_range
 from lclstream.elog.client import ElogClient
 from lclstream.elog.models import Trigger, WorkflowDefinition
 from lclstream.security import http
@@ -69,11 +69,12 @@ class Services:
         self._workspace = workspace
         self._children = children
         self._ranks = ranks
-        self._transfers = transfers
         self._capacity = capacity
         s3df = SiteAuthority(workspace / "certificates/s3df", "s3df")
         olcf = SiteAuthority(workspace / "certificates/olcf", "olcf")
-        elog, s3df_jobs, olcf_jobs, api, arp, airflow = free_ports(6)
+        first, last = free_port_range(6 + _PORTS_PER_TRANSFER * transfers)
+        elog, s3df_jobs, olcf_jobs, api, arp, airflow = range(first, first + 6)
+        self._buffer_ports = {"first": first + 6, "last": last}
         self.elog_url = f"https://127.0.0.1:{elog}"
         self.api_url = f"https://127.0.0.1:{api}"
         self.s3df_jobs_url = f"https://127.0.0.1:{s3df_jobs}"
@@ -144,7 +145,6 @@ class Services:
                 },
                 f"The job service of {site}: `lclstream jobs`.",
             )
-        first, last = free_port_range(_PORTS_PER_TRANSFER * self._transfers)
         self._start_service(
             "transfer-api",
             {
@@ -152,7 +152,7 @@ class Services:
                 "credentials": self._folder("transfer-api"),
                 "database": f"sqlite:///{self._workspace / 'transfers.sqlite'}",
                 "job_service": {"url": self.s3df_jobs_url},
-                "ports": {"first": first, "last": last},
+                "ports": self._buffer_ports,
                 "buffer": {"credentials": self._folder("buffer"), "capacity": self._capacity},
                 "engine": {"ranks": self._ranks},
                 "poll_s": 1.0,
@@ -239,7 +239,7 @@ class Services:
     def _embedded_kafka(self) -> str:
         address = self._workspace / "kafka.address"
         self._children.start("kafka", [*_LCLSTREAM, "kafka", "--port-file", str(address)])
-        self._children.wait_until(address.exists, timeout=30, what="Kafka answers")
+        self._children.wait_until(address.exists, timeout=START_S, what="Kafka answers")
         return address.read_text().strip()
 
     def _start_service(self, name: str, config: dict[str, Any], heading: str) -> None:

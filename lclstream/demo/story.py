@@ -15,7 +15,7 @@ from lclstream.api.models import TransferInfo
 from lclstream.arp.names import dag_run_id
 from lclstream.consumers.summary_file import ResultDocument
 from lclstream.demo.data import EXPERIMENT, RUN, RunDescription, describe, simulate, stream_configuration
-from lclstream.demo.processes import Children, DemoError
+from lclstream.demo.processes import START_S, Children, DemoError
 from lclstream.demo.report import Summary
 from lclstream.demo.services import DAG_ID, WORKFLOW, Services
 from lclstream.demo.workspace import Workspace
@@ -140,13 +140,16 @@ class _Story:
         self._summary.experiment, self._summary.run = description.experiment, description.run
         self._summary.source, self._summary.events_expected = path, description.events
 
-        self._children.wait_until(services.ready, timeout=60, what="our services answer")
+        self._children.wait_until(services.ready, timeout=START_S, what="our services answer")
         services.define_workflow(description.experiment, stream_configuration(description, path))
         services.start_run_processor(description.experiment)
         self._children.wait_until(
-            lambda: services.airflow.ready(DAG_ID), timeout=120, every=0.5, what="Airflow is healthy and knows the DAG"
+            lambda: services.airflow.ready(DAG_ID),
+            timeout=START_S,
+            every=0.5,
+            what="Airflow is healthy and knows the DAG",
         )
-        self._children.wait_until(services.reading_runs, timeout=30, what="the run processor reads Kafka")
+        self._children.wait_until(services.reading_runs, timeout=START_S, what="the run processor reads Kafka")
         self.say(f"everything is up; Airflow is at {services.airflow.url}")
 
         self._stream(services, description)
@@ -172,7 +175,7 @@ class _Story:
         run_id = dag_run_id(experiment, run, Trigger.START_OF_RUN, WORKFLOW)
         self._children.wait_until(
             lambda: services.airflow.dag_run(DAG_ID, run_id) is not None,
-            timeout=60,
+            timeout=START_S,
             what=f"the DAG run {run_id} exists",
         )
         made = services.airflow.dag_run(DAG_ID, run_id)

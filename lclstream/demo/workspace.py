@@ -76,20 +76,10 @@ class Workspace:
         self._lock.close()
 
 
-def free_ports(count: int) -> list[int]:
-    """Loopback ports nobody listens at now, all different."""
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
-
-
 def free_port_range(count: int) -> tuple[int, int]:
-    """First and last of neighbouring loopback ports nobody listens at now, below those that outgoing connections use.
+    """First and last of neighbouring loopback ports nobody listens at now.
+
+    They lie below those that outgoing connections use, one of which could take a port before its program listens there.
 
     Raises:
         DemoError: there is no such range.

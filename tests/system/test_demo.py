@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 REAL_RUN = REPOSITORY.parent / "shared/data/lcls/mfx101332224-r0007-jungfrau05M.xtc2"
@@ -36,11 +36,22 @@ def processes_of(folder: Path) -> list[str]:
 
 
 def assert_nothing_left(folder: Path, wait_until: Callable[..., None]) -> None:
-    wait_until(lambda: not processes_of(folder), 15, f"end of {processes_of(folder)}")
+    wait_until(lambda: not processes_of(folder), 60, f"end of {processes_of(folder)}")
+
+
+def listening_sockets() -> set[tuple[int, int]]:
+    """Port and inode of everything that listens on this machine: another socket at the same port has another inode."""
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == "0A":
+                found.add((int(words[1].rpartition(":")[2], 16), int(words[9])))
+    return found
 
 
 def listening_ports(folder: Path) -> set[int]:
-    """Ports the programs of a demonstration listen at, from its own configuration files and Airflow's address."""
+    """Ports the programs of a demonstration listen at."""
     pids = set(json.loads((folder / "pids.json").read_text()).values())
     ports = set()
     for pid in pids:
@@ -58,7 +69,7 @@ def test_a_synthetic_run_is_streamed_and_analysed_completely(
 ) -> None:
     folder = tmp_path / "demo"
     demo = start("lclstream", "demo", "--folder", folder, "--events", "60")
-    code = demo.wait(300)
+    code = demo.wait(600)
     assert code == 0, demo.output()
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["events_expected"] == summary["events_received"] == summary["events_unique"] == 60
@@ -80,7 +91,7 @@ def test_a_real_jungfrau_run_arrives_as_psana_reads_it(
 
     folder = tmp_path / "demo"
     demo = start("lclstream", "demo", "--folder", folder, "--data", REAL_RUN)
-    assert demo.wait(300) == 0, demo.output()
+    assert demo.wait(600) == 0, demo.output()
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["events_received"] == summary["events_unique"] == 2
 
@@ -101,15 +112,16 @@ def test_ctrl_c_leaves_no_process_and_no_port(
 ) -> None:
     folder = tmp_path / "demo"
     demo = start("lclstream", "demo", "--folder", folder, "--events", "60")
-    demo.wait_for_output(moment, 150)
+    demo.wait_for_output(moment, 400)
     ports = listening_ports(folder)
-    assert ports, "nothing listened when it was stopped"
+    sockets = {one for one in listening_sockets() if one[0] in ports}
+    assert sockets, "nothing listened when it was stopped"
     demo.signal(signal.SIGINT)
-    assert demo.wait(60) == 130, demo.output()
+    assert demo.wait(300) == 130, demo.output()
     assert "stopped by SIGINT" in demo.output()
     assert_nothing_left(folder, wait_until)
-    still = {c.laddr.port for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
-    assert not ports & still
+    # Somebody else may have been given one of the ports meanwhile.
+    assert not sockets & listening_sockets()
 
 
 def test_a_kafka_that_is_not_there_is_said_and_everything_is_stopped(
@@ -118,7 +130,7 @@ def test_a_kafka_that_is_not_there_is_said_and_everything_is_stopped(
     folder = tmp_path / "demo"
     nowhere = f"127.0.0.1:{free_port()}"
     demo = start("lclstream", "demo", "--folder", folder, "--kafka", nowhere)
-    assert demo.wait(120) == 1, demo.output()
+    assert demo.wait(400) == 1, demo.output()
     assert "Kafka" in demo.output()
     assert nowhere in demo.output()
     assert_nothing_left(folder, wait_until)
@@ -130,7 +142,7 @@ def test_a_file_that_is_no_run_is_refused_with_its_name(
     folder, data = tmp_path / "demo", tmp_path / "notes.xtc2"
     data.write_text("these are notes, not a run")
     demo = start("lclstream", "demo", "--folder", folder, "--data", data)
-    assert demo.wait(120) == 1, demo.output()
+    assert demo.wait(400) == 1, demo.output()
     assert f"{data} cannot be opened" in demo.output()
     assert_nothing_left(folder, wait_until)
 
@@ -138,9 +150,9 @@ def test_a_file_that_is_no_run_is_refused_with_its_name(
 def test_a_second_demonstration_in_the_same_folder_is_refused(start: Callable[..., Any], tmp_path: Path) -> None:
     folder = tmp_path / "demo"
     first = start("lclstream", "demo", "--folder", folder, "--events", "5")
-    first.wait_for_output("making certificates", 30)
+    first.wait_for_output("making certificates", 120)
     second = start("lclstream", "demo", "--folder", folder)
-    assert second.wait(30) == 1
+    assert second.wait(120) == 1
     assert "another demonstration is running" in second.output()
     first.signal(signal.SIGTERM)
-    assert first.wait(60) == 143
+    assert first.wait(300) == 143

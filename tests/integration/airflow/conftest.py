@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import socket
 import subprocess
 import sys
@@ -55,9 +54,6 @@ class Facility:
     def jobs(self) -> JobClient:
         return JobClient(self.olcf_url, self.airflow)
 
-    def free_ports(self, count: int) -> list[int]:
-        return list(_free_range(count))
-
     def connections(self) -> dict[str, str]:
         """Environment variables that define Airflow's connections."""
         return {
@@ -98,22 +94,6 @@ def _folder_of(process: psutil.Process) -> str:
         return ""
 
 
-def _free_range(count: int) -> range:
-    """Neighbouring ports nobody listens at, below those Linux gives to whoever asks for any (such as our Kafka)."""
-    while True:
-        first = random.randrange(20000, 32000)
-        probes = [socket.socket() for _ in range(count)]
-        try:
-            for offset, probe in enumerate(probes):
-                probe.bind(("127.0.0.1", first + offset))
-            return range(first, first + count)
-        except OSError:
-            continue
-        finally:
-            for probe in probes:
-                probe.close()
-
-
 class Services:
     """Our services as processes, each with its log file; all end together."""
 
@@ -147,7 +127,7 @@ class Services:
             process.terminate()
         for name, process in self.processes:
             try:
-                process.wait(20)
+                process.wait(60)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait(10)
@@ -155,11 +135,13 @@ class Services:
 
 
 @pytest.fixture(scope="session")
-def services(sites: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Facility]:
+def services(
+    sites: dict[str, Any], tmp_path_factory: pytest.TempPathFactory, free_ports: Callable[[int], range]
+) -> Iterator[Facility]:
     """All services, ready; they end with the last test."""
     folder = tmp_path_factory.mktemp("facility")
     s3df, olcf = sites["s3df"], sites["olcf"]
-    elog, s3df_jobs, olcf_jobs, api, *rest = _free_range(4 + _PORTS)
+    elog, s3df_jobs, olcf_jobs, api, *rest = free_ports(4 + _PORTS)
     airflow = s3df.member("airflow-dag-test")
     olcf.introduce(airflow, service="olcf-jobs", url=f"https://127.0.0.1:{olcf_jobs}")
     ports = range(rest[0], rest[-1] + 1)
@@ -195,7 +177,7 @@ def services(sites: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) ->
                 "status_s": 0.2,
             },
         )
-        until(kafka_address.exists, 60, "Kafka")
+        until(kafka_address.exists, 120, "Kafka")
         started.start(
             "elog",
             "elog",
@@ -207,7 +189,7 @@ def services(sites: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) ->
             },
         )
         for port in (elog, s3df_jobs, olcf_jobs, api):
-            until(lambda port=port: _answers(port), 60, f"service at port {port}; the logs are in {folder}")
+            until(lambda port=port: _answers(port), 120, f"service at port {port}; the logs are in {folder}")
         yield Facility(
             airflow=airflow,
             api_url=f"https://127.0.0.1:{api}",

@@ -50,7 +50,7 @@ class Topics:
 
     def __init__(self, bootstrap_servers: str) -> None:
         self.bootstrap_servers = bootstrap_servers
-        self.producer = Producer({"bootstrap.servers": bootstrap_servers, "message.timeout.ms": 20000})
+        self.producer = Producer({"bootstrap.servers": bootstrap_servers, "message.timeout.ms": 60000})
 
     def send(self, topic: str, *payloads: Any, partition: int | None = None) -> None:
         place = {} if partition is None else {"partition": partition}
@@ -58,9 +58,9 @@ class Topics:
             self.producer.produce(
                 topic, payload if isinstance(payload, bytes) else json.dumps(payload).encode(), **place
             )
-        assert self.producer.flush(20) == 0
+        assert self.producer.flush(60) == 0
 
-    def read(self, topic: str, count: int, timeout: float = 20) -> list[Any]:
+    def read(self, topic: str, count: int, timeout: float = 60) -> list[Any]:
         consumer = Consumer(
             {"bootstrap.servers": self.bootstrap_servers, "group.id": uuid.uuid4().hex, "auto.offset.reset": "earliest"}
         )
@@ -76,14 +76,14 @@ class Topics:
 
     def committed(self, group: str, topic: str = "runs", partition: int = 0) -> int:
         consumer = Consumer({"bootstrap.servers": self.bootstrap_servers, "group.id": group})
-        offset = consumer.committed([TopicPartition(topic, partition)], timeout=10)[0].offset
+        offset = consumer.committed([TopicPartition(topic, partition)], timeout=60)[0].offset
         consumer.close()
         return int(offset)
 
     def held(self, topic: str, partition: int = 0) -> tuple[int, int]:
         """The first offset the broker still has, and the next one it will give."""
         consumer = Consumer({"bootstrap.servers": self.bootstrap_servers, "group.id": uuid.uuid4().hex})
-        low, high = consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=10)
+        low, high = consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=60)
         consumer.close()
         return low, high
 
@@ -136,12 +136,12 @@ def write_config(tmp_path: Path, airflow: Any, broker: EmbeddedKafka, sites: Any
         if not definitions.exists():
             definitions.write_text(yaml.safe_dump({"definitions": DEFINITIONS}))
         document = {
-            "kafka": {"bootstrap_servers": broker.bootstrap_servers, "group": "arp", "session_timeout_s": 2},
+            "kafka": {"bootstrap_servers": broker.bootstrap_servers, "group": "arp", "session_timeout_s": 4},
             "definitions": {"file": str(definitions)},
             "airflow": {"url": airflow.url, "username": "arp", "password_file": str(password)},
             "location": "s3df",
             "credentials": str(sites["s3df"].member("arp").folder),
-            "start_timeout_s": 10,
+            "start_timeout_s": 60,
         }
         for key, value in changes.items():
             document[key] = document[key] | value if isinstance(document.get(key), dict) else value
@@ -159,7 +159,7 @@ def start_arp(start: Any, write_config: Callable[..., Path]) -> Callable[..., An
     def run(*, wait: bool = True, **changes: Any) -> Any:
         child = start(sys.executable, "-m", "lclstream.arp.cli", "--config", str(write_config(**changes)), name="arp")
         if wait:
-            child.wait_for_output("reading ", 30)
+            child.wait_for_output("reading ", 90)
         return child
 
     return run

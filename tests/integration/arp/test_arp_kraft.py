@@ -26,12 +26,12 @@ def chaos(monkeypatch: pytest.MonkeyPatch) -> Any:
         sys.modules.pop(name, None)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_on_a_real_broker_no_event_is_lost_or_done_twice_while_processors_broker_and_airflow_are_killed(
     chaos: Any, tmp_path: Path
 ) -> None:
     plan = [chaos.KILL_PROCESSOR, chaos.AWAY, chaos.KILL_BROKER, chaos.FAILS, chaos.KILL_PROCESSOR]
-    result = chaos.run(events=40, kills=3, plan=plan, folder=tmp_path, limit_s=150, verbose=False)
+    result = chaos.run(events=40, kills=3, plan=plan, folder=tmp_path, limit_s=300, verbose=False)
     assert (result["lost"], result["duplicated"]) == (0, 0), result
     assert result["kills"] == 3
     assert result["dead_letters"] == result["unreadable_messages"]

@@ -55,7 +55,7 @@ class Running:
         ledger = self.buffer.ledger()
         return ledger.received.messages, ledger.sent.messages, ledger.held.messages, ledger.lost.messages
 
-    def wait(self, timeout: float = 20) -> str:
+    def wait(self, timeout: float = 60) -> str:
         self.thread.join(timeout)
         assert not self.thread.is_alive(), f"the buffer still runs after {timeout} s: {self.status()}"
         return str(self.buffer.state)
@@ -64,7 +64,7 @@ class Running:
         for _ in range(2):
             if self.thread.is_alive():
                 self.buffer.stop()
-        self.thread.join(20)
+        self.thread.join(60)
         assert not self.thread.is_alive()
 
 
@@ -183,7 +183,7 @@ class Collector(threading.Thread):
                     return
                 self.messages.append(message)
 
-    def finish(self, timeout: float = 15) -> list[Any]:
+    def finish(self, timeout: float = 60) -> list[Any]:
         """Receive what is still under way (the socket's time-out is the end), and return everything."""
         self._finish.set()
         self.join(timeout)
@@ -248,7 +248,7 @@ def drained() -> Callable[[Any], None]:
     """Wait until a libnng pusher's bytes have left: closing it earlier would lose them."""
 
     def wait(running: Running, messages: int) -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while running.amounts()[0] < messages:
             assert time.monotonic() < deadline, f"{running.amounts()[0]} of {messages} messages came"
             time.sleep(0.005)

@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import json
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -74,7 +73,7 @@ class Service:
         command = [str(Path(sys.executable).parent / "lclstream"), "jobs", "--config", str(path), *options]
         self.child = Child(command, self.folder / "jobs.log")
         client = self.client("alice")
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while True:
             assert self.child.process.poll() is None, self.child.output()
             try:
@@ -123,26 +122,22 @@ class Service:
                     process.kill()
 
 
-def _port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture
-def service(tmp_path: Path, sites: dict[str, SiteAuthority]) -> Iterator[Service]:
+def service(tmp_path: Path, sites: dict[str, SiteAuthority], free_port: Callable[[], int]) -> Iterator[Service]:
     """A service that is not started yet, so that a test can change its settings."""
-    service = Service(tmp_path, _port(), sites["s3df"])
+    service = Service(tmp_path, free_port(), sites["s3df"])
     yield service
     service.close()
 
 
 @pytest.fixture
-def other_site(tmp_path: Path, sites: dict[str, SiteAuthority], service: Service) -> Iterator[Service]:
+def other_site(
+    tmp_path: Path, sites: dict[str, SiteAuthority], service: Service, free_port: Callable[[], int]
+) -> Iterator[Service]:
     """The job service of another site, and the two sites' services introduced to each other; not started yet."""
     folder = tmp_path / "olcf"
     folder.mkdir()
-    other = Service(folder, _port(), sites["olcf"], login="psik-olcf")
+    other = Service(folder, free_port(), sites["olcf"], login="psik-olcf")
     sites["olcf"].introduce(service.credentials(service.login), service="olcf", url=other.url)
     sites["s3df"].introduce(other.credentials(other.login), service="s3df", url=service.url)
     yield other
@@ -169,13 +164,13 @@ def running(tmp_path_factory: pytest.TempPathFactory, make_service: Callable[[st
 
 @pytest.fixture(scope="module")
 def make_service(
-    tmp_path_factory: pytest.TempPathFactory, sites: dict[str, SiteAuthority]
+    tmp_path_factory: pytest.TempPathFactory, sites: dict[str, SiteAuthority], free_port: Callable[[], int]
 ) -> Iterator[Callable[[str], Service]]:
     """Make a service for a whole module; it is not started yet."""
     made: list[Service] = []
 
     def make(name: str) -> Service:
-        made.append(Service(tmp_path_factory.mktemp(name), _port(), sites["s3df"]))
+        made.append(Service(tmp_path_factory.mktemp(name), free_port(), sites["s3df"]))
         return made[-1]
 
     yield make
@@ -249,7 +244,7 @@ def receiver(sites: dict[str, SiteAuthority], free_port: Callable[[], int]) -> I
         time.sleep(0.01)
     yield receiver
     server.should_exit = True
-    thread.join(20)
+    thread.join(60)
     assert not thread.is_alive()
 
 

@@ -192,7 +192,7 @@ def served(app: FastAPI, port: int, credentials: Credentials) -> Iterator[str]:
     thread = threading.Thread(target=server.run, name=f"server {port}")
     thread.start()
     try:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not server.started:
             assert thread.is_alive()
             assert time.monotonic() < deadline
@@ -200,7 +200,7 @@ def served(app: FastAPI, port: int, credentials: Credentials) -> Iterator[str]:
         yield f"https://127.0.0.1:{port}"
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive()
 
 
@@ -268,13 +268,13 @@ def context() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def job_service(sites: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def job_service(
+    sites: dict[str, Any], tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]
+) -> Iterator[str]:
     """A real job service of the site olcf, which trusts the site s3df, too; its URL."""
     member = sites["olcf"].member("psik")
     (member.folder / "known_clients" / "s3df.crt").write_bytes(sites["s3df"].certificate_pem)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     folder = tmp_path_factory.mktemp("jobs")
     options = ["--credentials", member.folder, "--prefix", folder / "prefix", "--port", port, "--cancel-jobs-on-exit"]
     with (folder / "log").open("wb") as log:
@@ -282,7 +282,7 @@ def job_service(sites: dict[str, Any], tmp_path_factory: pytest.TempPathFactory)
             [sys.executable, "-m", "lclstream.jobs.cli", *map(str, options)], stdout=log, stderr=log
         )
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 90
         while True:
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
@@ -293,7 +293,7 @@ def job_service(sites: dict[str, Any], tmp_path_factory: pytest.TempPathFactory)
         yield f"https://127.0.0.1:{port}"
     finally:
         service.terminate()
-        assert service.wait(20) == 0, (folder / "log").read_text()
+        assert service.wait(60) == 0, (folder / "log").read_text()
 
 
 @pytest.fixture
@@ -307,12 +307,12 @@ def jobs(job_service: str, sites: dict[str, Any], connection: Callable[..., None
 
 
 @pytest.fixture(scope="session")
-def elog_service(sites: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def elog_service(
+    sites: dict[str, Any], tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]
+) -> Iterator[str]:
     """A real logbook, whose broker is away; its URL."""
     member = sites["s3df"].member("elog-for-airflow")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     config = ElogConfig(
         port=port,
         credentials=member.folder,

@@ -15,7 +15,7 @@ from lclstream_airflow.sensors.buffer import NNGBufferSensor
 
 
 def sensor(**arguments: Any) -> NNGBufferSensor:
-    given: dict[str, Any] = {"task_id": "watch", "transfer_id": 1, "poke_interval": 0.02, "timeout": 20}
+    given: dict[str, Any] = {"task_id": "watch", "transfer_id": 1, "poke_interval": 0.02, "timeout": 60}
     return NNGBufferSensor(**{**given, **arguments})
 
 

@@ -31,12 +31,12 @@ def waited(sensor: Any, context: dict[str, Any]) -> Any:
 
 
 def closed(run: Any, **arguments: Any) -> RunClosedSensor:
-    given = {"task_id": "closed", "experiment": EXPERIMENT, "run": run, "poke_interval": 0.05, "timeout": 20}
+    given = {"task_id": "closed", "experiment": EXPERIMENT, "run": run, "poke_interval": 0.05, "timeout": 60}
     return RunClosedSensor(**{**given, **arguments})
 
 
 def files(run: Any, **arguments: Any) -> FilesAtLocationSensor:
-    given = {"task_id": "files", "experiment": EXPERIMENT, "run": run, "poke_interval": 0.05, "timeout": 20}
+    given = {"task_id": "files", "experiment": EXPERIMENT, "run": run, "poke_interval": 0.05, "timeout": 60}
     given["location"] = "S3DF"
     return FilesAtLocationSensor(**{**given, **arguments})
 
@@ -44,8 +44,8 @@ def files(run: Any, **arguments: Any) -> FilesAtLocationSensor:
 @pytest.mark.parametrize("deferrable", [True, False])
 def test_the_end_of_a_run_is_waited_for(elog: ElogClient, context: dict[str, Any], deferrable: bool) -> None:
     run = elog.start_run(EXPERIMENT)
-    threading.Timer(0.5, lambda: elog.end_run(EXPERIMENT)).start()
     began = time.monotonic()
+    threading.Timer(0.5, lambda: elog.end_run(EXPERIMENT)).start()
     sensor = closed(str(run.num), deferrable=deferrable)
     facts = waited(sensor, context) if deferrable else sensor.execute(context)
     assert time.monotonic() - began > 0.4

@@ -252,7 +252,10 @@ def test_a_refused_configuration_is_not_tried_again(transfers: Any, context: dic
         transfer_operator().execute(context)
 
 
-def test_a_service_that_stumbles_is_asked_again(transfers: Any, context: dict[str, Any]) -> None:
+def test_a_service_that_stumbles_is_asked_again(
+    transfers: Any, context: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "START_PATIENCE_S", 60.0)
     transfers.failures = [503]
     deferred(transfer_operator(), context)
     assert len(transfers.transfers) == 1
@@ -438,18 +441,18 @@ def test_a_job_gives_its_result_and_its_files(jobs: JobClient, context: dict[str
 
 def test_a_job_is_found_again_by_a_task_that_runs_again(jobs: JobClient, context: dict[str, Any]) -> None:
     context["ti"].task_id, context["ti"].run_id = "analyse", "again"
-    first = deferred(job_operator("exec sleep 60"), context).trigger.serialize()[1]["remote_id"]
-    second = deferred(job_operator("exec sleep 60"), context).trigger.serialize()[1]["remote_id"]
+    first = deferred(job_operator("exec sleep 600"), context).trigger.serialize()[1]["remote_id"]
+    second = deferred(job_operator("exec sleep 600"), context).trigger.serialize()[1]["remote_id"]
     assert first == second
-    operator = job_operator("exec sleep 60")
+    operator = job_operator("exec sleep 600")
     assert deferred(operator, context).trigger.serialize()[1]["remote_id"] == first
     operator.on_kill()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not jobs.state(first).is_final:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert jobs.state(first) is JobState.canceled
-    third = deferred(job_operator("exec sleep 60"), context).trigger.serialize()[1]["remote_id"]
+    third = deferred(job_operator("exec sleep 600"), context).trigger.serialize()[1]["remote_id"]
     assert third != first
     jobs.cancel(third)
 

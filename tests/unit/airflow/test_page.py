@@ -94,8 +94,8 @@ def test_open_sessions_come_first_and_everything_says_whose_it_is(
     get: Callable[..., httpx.Response], transfers: Any, jobs: JobClient
 ) -> None:
     whose = {"dag_id": "stream_session", "run_id": "shift <7>"}
-    job = jobs.submit(JobSpec(script="#!/bin/sh\nexec sleep 60"), tags={"session": "mfx", **whose})
-    other = jobs.submit(JobSpec(script="#!/bin/sh\nexec sleep 60"))
+    job = jobs.submit(JobSpec(script="#!/bin/sh\nexec sleep 600"), tags={"session": "mfx", **whose})
+    other = jobs.submit(JobSpec(script="#!/bin/sh\nexec sleep 600"))
     transfers.add().tags = whose
     try:
         text = get("/lclstream/").text

@@ -56,5 +56,5 @@ def test_airflow_itself_finds_the_listener() -> None:
         "from airflow.listeners.listener import get_listener_manager as manager\n"
         "print([getattr(one, '__name__', '') for one in manager().pm.get_plugins()])"
     )
-    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=True)
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240, check=True)
     assert "lclstream_airflow.pools" in told.stdout, told.stdout + told.stderr

@@ -77,7 +77,7 @@ def reconciled(airflow: Airflow, **arguments: Any) -> dict[str, Any]:
 
 
 def test_orphans_are_ended_and_the_rest_is_left_alone(transfers: Any, jobs: JobClient) -> None:
-    endless = JobSpec(script="#!/bin/sh\nexec sleep 60")
+    endless = JobSpec(script="#!/bin/sh\nexec sleep 600")
     started = {
         "waited for": jobs.submit(endless, tags=tags("live")),
         "mapped": jobs.submit(endless, tags=tags("live", map_index="3")),

@@ -360,7 +360,7 @@ def test_a_facility_that_is_away_is_unreachable_soon(
     with pytest.raises(UnreachableError):
         ask(lambda client: client.user())
     # The published client alone would try ten times, for about a minute.
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 40
 
 
 def test_a_job_nobody_knows_is_not_found(nersc: Any) -> None:

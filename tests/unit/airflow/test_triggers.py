@@ -32,7 +32,7 @@ def transfer_trigger(**arguments: Any) -> LCLStreamTransferTrigger:
     given: dict[str, Any] = {
         "conn_id": "lclstream_default",
         "remote_id": 1,
-        "deadline": time.time() + 20,
+        "deadline": time.time() + 60,
         "until": "ready",
         "lease_s": 30.0,
         "poll_interval": 0.02,
@@ -158,7 +158,7 @@ def test_an_unusable_certificate_folder_is_said_long_before_patience_is_over(
 
 
 async def seen(capsys: pytest.CaptureFixture[str], words: str) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while words not in capsys.readouterr().out:
             await asyncio.sleep(0.01)
 
@@ -278,7 +278,7 @@ def test_the_first_wait_of_a_triggerer_asks_airflow_once_so_that_no_kill_waits_f
             trigger = transfer_trigger()
             trigger.task_instance = SimpleNamespace(dag_id="d", run_id="r", task_id="t", map_index=-1)
             await anext(trigger.run())
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not asked:
                 await asyncio.sleep(0.01)
 
@@ -298,7 +298,7 @@ def test_a_kill_that_is_interrupted_cancels_all_the_same(transfers: Any) -> None
         killing.cancel()
         await asyncio.gather(killing, return_exceptions=True)
         assert transfer.phase is TransferPhase.producing
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while transfer.phase is not TransferPhase.canceled:
                 await asyncio.sleep(0.01)
 
@@ -329,7 +329,7 @@ def test_the_end_of_a_triggerer_leaves_the_transfer_alone(transfers: Any) -> Non
 
 
 def job_trigger(job_id: str, **arguments: Any) -> PsikJobTrigger:
-    given = {"conn_id": "psik_default", "remote_id": job_id, "deadline": time.time() + 30, "poll_interval": 0.05}
+    given = {"conn_id": "psik_default", "remote_id": job_id, "deadline": time.time() + 60, "poll_interval": 0.05}
     return PsikJobTrigger(**{**given, **arguments})
 
 
@@ -374,10 +374,10 @@ def test_a_failed_job_has_ended(jobs: JobClient) -> None:
 
 
 def test_a_kill_cancels_the_job(jobs: JobClient) -> None:
-    job = jobs.submit(JobSpec(script="#!/bin/sh\nexec sleep 60"))
+    job = jobs.submit(JobSpec(script="#!/bin/sh\nexec sleep 300"))
     killer = threading.Thread(target=lambda: asyncio.run(job_trigger(job).on_kill()))
     killer.start()
     payload = first_event(job_trigger(job))
-    killer.join(20)
+    killer.join(60)
     assert payload["status"] == "ended"
     assert jobs.state(job) is JobState.canceled

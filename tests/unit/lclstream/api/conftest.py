@@ -248,10 +248,10 @@ def serving(
 
         def stop() -> None:
             server.should_exit = True
-            thread.join(20)
+            thread.join(60)
 
         stops.append(stop)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not server.started:
             assert time.monotonic() < deadline, "the server did not start"
             time.sleep(0.01)

@@ -39,11 +39,11 @@ class Running:
 
     def start(self, wait_until: Callable[..., None]) -> None:
         self._thread.start()
-        wait_until(lambda: self.server.started, 10, "server started")
+        wait_until(lambda: self.server.started, 60, "server started")
 
     def stop(self) -> None:
         self.server.should_exit = True
-        self._thread.join(15)
+        self._thread.join(60)
         assert not self._thread.is_alive()
 
     def connect(self, member: Credentials | None = None) -> ssl.SSLSocket:
