@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import os
+import random
 import shutil
 import signal
 import socket
@@ -16,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -28,6 +31,10 @@ os.environ.setdefault("AIRFLOW__CORE__DAGS_FOLDER", str(REPOSITORY / "dags"))
 os.environ.setdefault("AIRFLOW__CORE__UNIT_TEST_MODE", "False")
 os.environ.setdefault("AIRFLOW__API_AUTH__JWT_SECRET", "for tests only, and long enough for HS512: " + 21 * "x")
 
+# A busy machine may stop for seconds while an example is made up or looked at: that is no failure of what is tested.
+settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy machine")
+
 
 @pytest.fixture(scope="session")
 def sites(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
@@ -38,16 +45,35 @@ def sites(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     return {site: SiteAuthority(base / site, site) for site in ("s3df", "olcf")}
 
 
-@pytest.fixture
-def free_port() -> Callable[[], int]:
-    """A function that gives a loopback port nobody listens at, a new one at each call."""
+#: Below those that Linux gives to whoever asks for any (from 32768 on): between the probe and its use nobody else is
+#: given such a port, and who connects to one where nobody listens is not given the same one and so connected to itself.
+#: Each process of pytest-xdist has ports of its own, and begins anywhere: other runs on this machine do the same.
+_PORTS_OF_A_PROCESS = 2000
+_first_port = 10_000 + _PORTS_OF_A_PROCESS * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 5)
+_next_port = itertools.count(random.SystemRandom().randrange(_PORTS_OF_A_PROCESS))
 
-    def port() -> int:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return int(probe.getsockname()[1])
 
-    return port
+def unused_port(neighbours: int = 1) -> int:
+    """A loopback port nobody listens at, a new one at each call; the first of several `neighbours`."""
+    while True:
+        found = [next(_next_port) % _PORTS_OF_A_PROCESS for _ in range(neighbours)]
+        if found[-1] - found[0] == neighbours - 1 and all(map(_is_unused, found)):
+            return _first_port + found[0]
+
+
+def _is_unused(number: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", _first_port + number))
+        except OSError:
+            return False
+    return True
+
+
+@pytest.fixture(scope="session")
+def free_port() -> Callable[..., int]:
+    """A function that gives a loopback port nobody listens at, a new one at each call, or the first of several."""
+    return unused_port
 
 
 class Child:
@@ -74,7 +100,7 @@ class Child:
     def output(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def wait(self, timeout: float = 30) -> int:
+    def wait(self, timeout: float = 60) -> int:
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -82,7 +108,7 @@ class Child:
                 f"{self.process.args} still runs after {timeout} s:\n{self.output()[-4000:]}"
             ) from None
 
-    def wait_for_output(self, text: str, timeout: float = 30) -> None:
+    def wait_for_output(self, text: str, timeout: float = 60) -> None:
         wait_until(lambda: text in self.output() or self.process.poll() is not None, timeout, f"{text!r} in output")
         assert text in self.output(), f"ended with {self.process.returncode} before {text!r}:\n{self.output()[-4000:]}"
 
@@ -102,7 +128,7 @@ class Child:
         return self.process.wait(timeout)
 
 
-def wait_until(condition: Callable[[], object], timeout: float = 30, what: str = "condition") -> None:
+def wait_until(condition: Callable[[], object], timeout: float = 60, what: str = "condition") -> None:
     """Poll until the condition holds; fail with its name when it does not in time."""
     deadline = time.monotonic() + timeout
     while not condition():
@@ -151,9 +177,7 @@ class Superfacility:
 
         from lclstream.superfacility.keys import make_client
 
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
+        port = unused_port()
         self.url = f"http://127.0.0.1:{port}"
         self.api_url = f"{self.url}/api/v1.2"
         self.token_url = f"{self.url}/c2id/token"
