@@ -6,7 +6,6 @@ import io
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
@@ -28,7 +27,7 @@ from lclstream.dataset import StreamDataset
 from lclstream.jobs.client import JobClient
 from lclstream.security.errors import PeerError
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 LCLSTREAM = str(Path(sys.executable).parent / "lclstream")
 
 
@@ -56,11 +55,11 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory, sites) -> Iterator[Site]:
+def site(tmp_path_factory, sites, free_port) -> Iterator[Site]:
     """A job service and a transfer service with processes of their own, for all tests here."""
     folder = tmp_path_factory.mktemp("site")
     authority = sites["s3df"]
-    jobs, api, first = (unused_port() for _ in range(3))
+    jobs, api, first = free_port(), free_port(), free_port(12)
     jobs_config = {
         "listen": {"port": jobs},
         "credentials": str(authority.member("jobs").folder),
@@ -91,7 +90,7 @@ def site(tmp_path_factory, sites) -> Iterator[Site]:
         yield Site(f"https://127.0.0.1:{api}", alice.folder, client)
         for transfer in client.list():
             client.cancel(transfer.id)
-        poll(lambda: all(client.info(each.id).released for each in client.list()), 30, "release of transfers")
+        poll(lambda: all(client.info(each.id).released for each in client.list()), 60, "release of transfers")
 
 
 @contextmanager
@@ -115,12 +114,6 @@ def service(name: str, folder: Path) -> Iterator[None]:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait(5)
-
-
-def unused_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def poll(condition: Callable[[], object], timeout: float, what: str) -> None:
@@ -163,13 +156,13 @@ def test_get_writes_the_whole_stream_as_tar_and_leaves_a_finished_transfer(site,
 def test_a_signal_cancels_the_transfer_whose_lease_was_renewed_until_then(site, tmp_path, start, wait_until):
     config = tmp_path / "stream.yaml"
     config.write_text(yaml.safe_dump(ENDLESS))
-    child = start("lclstream", *get(site, config, "--output-dir", str(tmp_path / "out"), "--lease", "3"))
+    child = start("lclstream", *get(site, config, "--output-dir", str(tmp_path / "out"), "--lease", "10"))
     wait_until((tmp_path / "out" / "00002.h5").exists, 90, "third message")
     transfer = newest(site)
     granted = transfer.lease_expires
-    wait_until(lambda: (site.client.info(transfer.id).lease_expires or 0) > granted + 0.5, 30, "renewed lease")
+    wait_until(lambda: (site.client.info(transfer.id).lease_expires or 0) > granted + 0.5, 60, "renewed lease")
     child.signal(signal.SIGTERM)
-    assert child.wait(30) == 143, child.output()
+    assert child.wait() == 143, child.output()
     assert "cancelled" in child.output()
     assert site.client.info(transfer.id).phase is TransferPhase.canceled
 
@@ -188,7 +181,7 @@ def test_a_refused_configuration_is_a_wrong_command_line_and_names_the_field(sit
     config = tmp_path / "wrong.yaml"
     config.write_text(yaml.safe_dump({**configuration(5), "event_source": {"type": "NoSuchSource"}}))
     before = len(site.client.list())
-    done = subprocess.run([LCLSTREAM, *get(site, config)], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([LCLSTREAM, *get(site, config)], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2, done.stderr
     assert "event_source" in done.stderr
     assert len(site.client.list()) == before
