@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import ssl
 import time
@@ -44,7 +45,7 @@ class Source:
         try:
             with urllib.request.urlopen(self.url, timeout=_PATIENCE_S, context=self._context) as answer:  # noqa: S310
                 status = json.load(answer)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:  # the last: it ended inside its answer
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
             self.error = str(reason)
             return False

@@ -69,6 +69,8 @@ class BinaryDataStreamingDataHandler(Handler):
         else:
             for address in self._addresses:
                 _check_host(address)
+        # From now on: the data may have taken their time to open.
+        self._alone_since = time.monotonic()
         for number, address in enumerate(self._addresses):
             if server:
                 self._start(self._accept, self._listeners[number], address)

@@ -72,7 +72,7 @@ def test_push_dials_paces_and_loops_and_pull_listens_into_a_folder(tmp_path, fre
     assert puller.wait() == 0, puller.output()
     written = sorted((tmp_path / "out").iterdir())
     assert [path.read_bytes() for path in written] == contents * 3
-    # 15 messages at 20 a second: the last begins 0.7 s after the first.
+    # 15 messages at 20 a second: the last begins 0.7 s after the first, or a little less when the first was late.
     seconds = float(pusher.output().rsplit(" s (", 1)[0].rsplit(" ", 1)[1])
     assert seconds >= 0.65
 
@@ -141,6 +141,7 @@ def test_a_stopped_run_summary_keeps_what_it_has_and_says_that_it_is_incomplete(
         consumer.wait_for_output("pulling from")
         consumer.signal(signal.SIGTERM)
         assert consumer.wait() == 143, consumer.output()
+        pusher.abort()  # it need not have read both messages when it was told to stop
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["complete"] is False
     assert "SIGTERM" in result["reason"]

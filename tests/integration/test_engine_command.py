@@ -45,6 +45,10 @@ class Sink(threading.Thread):
             self.zmq.bind(url)
         self.start()
 
+    def ranks(self) -> set[int]:
+        """Those a message came from; of a copy, since more come while it is looked through."""
+        return {rank for rank, _ in list(self.sequences)}
+
     def run(self) -> None:
         while not self.ended.is_set():
             try:
@@ -60,7 +64,7 @@ class Sink(threading.Thread):
 
     def close(self) -> None:
         self.ended.set()
-        self.join(5)
+        self.join(30)
         if self.library == "nng":
             self.nng.close()
         else:
@@ -121,9 +125,9 @@ def test_every_event_arrives_once_whatever_the_number_of_ranks(
     path = configuration(tmp_path, 203, url, library=library)
     child = start(*ranks(count), "lclstreamer", "--config", path)
     assert child.wait(60) == 0, child.output()
-    wait_until(lambda: peer.events == 203, 10, f"203 events (not {peer.events})")
+    wait_until(lambda: peer.events == 203, 60, f"203 events (not {peer.events})")
     assert len(peer.sequences) == peer.messages
-    assert {rank for rank, _ in peer.sequences} == set(range(count))
+    assert peer.ranks() == set(range(count))
     assert "sent 203 events" in child.output()
 
 
@@ -143,12 +147,12 @@ def test_a_signal_sends_what_was_made_and_says_so(
     peer, url = sink("nng")
     path = configuration(tmp_path, ENDLESS, url)
     child = start(*ranks(count), "lclstreamer", "--config", path)
-    wait_until(lambda: len({rank for rank, _ in peer.sequences}) == count, 30, "messages of every rank")
+    wait_until(lambda: len(peer.ranks()) == count, 60, "messages of every rank")
     child.signal(number)
-    assert child.wait(30) == code, child.output()
+    assert child.wait() == code, child.output()
     said = child.output().rpartition("\nsent ")[2]
     sent = int(said.split()[0])
-    wait_until(lambda: peer.events == sent, 10, f"{sent} events (not {peer.events})")
+    wait_until(lambda: peer.events == sent, 60, f"{sent} events (not {peer.events})")
     assert "stopped by a signal before the data had ended" in child.output()
 
 
@@ -158,14 +162,14 @@ def test_a_killed_rank_ends_the_others(start: Any, sink: Any, tmp_path: Path, wa
     peer, url = sink("nng")
     path = configuration(tmp_path, ENDLESS, url)
     child = start("mpiexec", "-n", "2", "lclstreamer", "--config", path)
-    wait_until(lambda: len({rank for rank, _ in peer.sequences}) == 2, 30, "messages of both ranks")
+    wait_until(lambda: len(peer.ranks()) == 2, 60, "messages of both ranks")
     family = [
         one for one in psutil.Process(child.pid).children(recursive=True) if "lclstreamer" in " ".join(one.cmdline())
     ]
     assert len(family) == 2
     family[1].kill()
-    assert child.wait(30) != 0
-    _, alive = psutil.wait_procs(family, timeout=10)
+    assert child.wait() != 0
+    _, alive = psutil.wait_procs(family, timeout=60)
     assert not alive
 
 
@@ -173,19 +177,19 @@ def test_a_sink_that_goes_away_ends_the_run_with_a_clear_error(
     start: Any, sink: Any, tmp_path: Path, wait_until: Any
 ) -> None:
     peer, url = sink("nng")
-    path = configuration(tmp_path, ENDLESS, url, connect_timeout_s=1.0)
+    path = configuration(tmp_path, ENDLESS, url, connect_timeout_s=3.0)
     child = start("mpiexec", "-n", "2", "lclstreamer", "--config", path)
-    wait_until(lambda: peer.messages > 5, 30, "some messages")
+    wait_until(lambda: peer.messages > 5, 60, "some messages")
     peer.close()
-    assert child.wait(30) == 1, child.output()
+    assert child.wait() == 1, child.output()
     assert "all sinks have left since" in child.output()
     assert "connect_timeout_s" in child.output()
 
 
 def test_no_sink_at_all_is_told_after_the_time_allowed(start: Any, tmp_path: Path, free_port: Any) -> None:
-    path = configuration(tmp_path, 1000, f"tcp://127.0.0.1:{free_port()}", connect_timeout_s=0.5)
+    path = configuration(tmp_path, 1000, f"tcp://127.0.0.1:{free_port()}", connect_timeout_s=2.0)
     child = start("lclstreamer", "--config", path)
-    assert child.wait(30) == 1
+    assert child.wait() == 1
     assert "no sink is there" in child.output()
     assert "Connection refused" in child.output()
 
@@ -193,7 +197,7 @@ def test_no_sink_at_all_is_told_after_the_time_allowed(start: Any, tmp_path: Pat
 def test_an_address_in_use_is_exit_code_3(start: Any, sink: Any, tmp_path: Path) -> None:
     _, url = sink("nng")
     child = start("lclstreamer", "--config", configuration(tmp_path, 10, url, role="server"))
-    assert child.wait(30) == 3
+    assert child.wait() == 3
     assert "cannot listen at tcp://" in child.output()
 
 
@@ -213,24 +217,24 @@ def test_a_wrong_configuration_is_exit_code_2_and_told_once(
     path = configuration(tmp_path, 10)
     path.write_text(path.read_text().replace(old, new))
     child = start(*ranks(count), "lclstreamer", "--config", path)
-    assert child.wait(30) == 2
+    assert child.wait() == 2
     assert child.output().count(expected) == 1
     assert "Traceback" not in child.output()
 
 
 def test_a_missing_configuration_is_exit_code_2(start: Any, tmp_path: Path) -> None:
     child = start("lclstreamer", "--config", tmp_path / "nowhere.yaml")
-    assert child.wait(30) == 2
+    assert child.wait() == 2
     assert "nowhere.yaml does not exist" in child.output()
 
 
 def test_an_unknown_option_is_exit_code_2(start: Any) -> None:
-    assert start("lclstreamer", "--confg", "x").wait(30) == 2
+    assert start("lclstreamer", "--confg", "x").wait() == 2
 
 
 def test_check_says_what_each_rank_would_do_and_does_nothing(start: Any, tmp_path: Path) -> None:
     child = start("mpiexec", "-n", "2", "lclstreamer", "--config", configuration(tmp_path, 11), "--check")
-    assert child.wait(30) == 0, child.output()
+    assert child.wait() == 0, child.output()
     assert "[rank 0] InternalEventSource makes 6 of 11 events" in child.output()
     assert "[rank 1] InternalEventSource makes 5 of 11 events" in child.output()
     assert not (tmp_path / "out").exists()
@@ -238,13 +242,13 @@ def test_check_says_what_each_rank_would_do_and_does_nothing(start: Any, tmp_pat
 
 def test_schema_list_and_help_teach(start: Any) -> None:
     schema = start("lclstreamer", "--schema", name="schema")
-    assert schema.wait(30) == 0
+    assert schema.wait() == 0
     assert "InternalEventSource" in json.loads(schema.output())["$defs"]
     listing = start("lclstreamer", "--list", name="list")
-    assert listing.wait(30) == 0
+    assert listing.wait() == 0
     assert "batch_size (int, required)" in listing.output()
     teaching = start("lclstreamer", "--help", name="help")
-    assert teaching.wait(30) == 0
+    assert teaching.wait() == 0
     assert "Exit codes" in teaching.output()
 
 
@@ -254,7 +258,7 @@ def test_it_runs_without_mpi4py(start: Any, tmp_path: Path) -> None:
         "from lclstreamer.cli import main; main()"
     )
     child = start("python", "-c", code)
-    assert child.wait(30) == 0, child.output()
+    assert child.wait() == 0, child.output()
     assert (tmp_path / "out" / "r0_0.h5").exists()
 
 
@@ -264,7 +268,7 @@ def test_under_mpiexec_without_mpi4py_it_refuses_to_read_everything_twice(start:
         "from lclstreamer.cli import main; main()"
     )
     child = start("mpiexec", "-n", "2", "python", "-c", code)
-    assert child.wait(30) != 0
+    assert child.wait() != 0
     assert "install the `mpi` extra" in child.output()
 
 
@@ -273,7 +277,7 @@ def test_progress_is_told_on_stderr_while_it_works(start: Any, tmp_path: Path, w
     child = start("lclstreamer", "--config", path, "--progress", "0.2")
     child.wait_for_output("events/s")
     child.signal(signal.SIGTERM)
-    assert child.wait(30) == 143
+    assert child.wait() == 143
 
 
 @pytest.mark.skipif(find_spec("psana") is None, reason="psana (LCLS-II) is not installed")
@@ -301,7 +305,7 @@ def test_a_run_of_several_files_is_streamed_by_two_ranks_without_loss(
     path.write_text(yaml.safe_dump(content))
     child = start("mpiexec", "-n", "2", "lclstreamer", "--config", path)
     assert child.wait(60) == 0, child.output()
-    wait_until(lambda: peer.events == 31, 10, "31 events")
+    wait_until(lambda: peer.events == 31, 60, "31 events")
     assert len(set(peer.numbers)) == 31
 
     content["data_sources"]["number"]["psana_name"] = "epix"
@@ -318,7 +322,7 @@ def test_a_run_of_several_files_is_streamed_by_two_ranks_without_loss(
 
 def counted(port: int) -> int:
     """Events of a running rank, from its metrics."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/status", timeout=5) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/status", timeout=60) as answer:
         return int(json.load(answer)["events"])
 
 
@@ -327,9 +331,9 @@ def test_every_rank_serves_its_counters(start: Any, tmp_path: Path, free_port: A
     path = configuration(tmp_path, ENDLESS)
     child = start("lclstreamer", "--config", path, "--metrics", f"http://127.0.0.1:{port}")
     child.wait_for_output("metrics at")
-    wait_until(lambda: counted(port) > 0, 20, "events counted")
+    wait_until(lambda: counted(port) > 0, 60, "events counted")
     child.signal(signal.SIGTERM)
-    assert child.wait(30) == 143
+    assert child.wait() == 143
 
 
 def test_a_sink_that_hangs_does_not_keep_a_stopped_run(
@@ -346,18 +350,19 @@ def test_a_sink_that_hangs_does_not_keep_a_stopped_run(
 
         def stuck() -> bool:
             seen.append(counted(port))
-            return len(seen) > 50 and seen[-1] == seen[-50] > 0
+            return len(seen) > 150 and seen[-1] == seen[-150] > 0
 
         wait_until(stuck, 60, "run that waits for its sink")
         child.signal(signal.SIGTERM)
-        assert child.wait(30) == 1
+        assert child.wait() == 1
     assert "never taken by a sink" in child.output()
 
 
+@pytest.mark.timeout(300)
 def test_the_benchmark_measures_and_writes_its_figures(start: Any, tmp_path: Path) -> None:
     program = Path(__file__).resolve().parents[2] / "benchmarks" / "engine.py"
     child = start("python", program, "--quick", "--only", "4", "--json", tmp_path / "figures.json")
-    assert child.wait(100) == 0, child.output()
+    assert child.wait(280) == 0, child.output()
     figures = json.loads((tmp_path / "figures.json").read_text())
     (row,) = figures["rows"]
     assert row["ours_gbs"] > 0

@@ -47,7 +47,7 @@ class Sink(threading.Thread):
 
     def close(self) -> None:
         self._ended.set()
-        self.join(5)
+        self.join(30)
         self._socket.close(0)
         self._context.term()
 
@@ -87,6 +87,7 @@ def resident(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.timeout(400)
 def test_a_long_stream_and_a_sink_that_pauses_take_no_more_memory_than_the_first_messages(
     start: Any, sink: Sink, tmp_path: Path, wait_until: Callable[..., None]
 ) -> None:

@@ -89,6 +89,7 @@ def test_arguments_that_make_no_sense_are_refused(
 
 
 @pytest.mark.integration
+@pytest.mark.timeout(400)
 def test_both_ways_give_the_same_analysis_and_leave_no_file(start: Any, tmp_path: Path) -> None:
     folder, copies = tmp_path / "files", tmp_path / "copies"
     folder.mkdir()
@@ -96,7 +97,7 @@ def test_both_ways_give_the_same_analysis_and_leave_no_file(start: Any, tmp_path
         *("python", PROGRAM, "--quick", "--sides", "128,256", "--folder", folder, "--copy-to", copies),
         *("--json", tmp_path / "figures.json"),
     )
-    assert child.wait(240) == 0, child.output()
+    assert child.wait(380) == 0, child.output()
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["machine"]["cores"] >= 1
     assert [row["frames"] for row in figures["rows"]] == [8, 33]

@@ -55,6 +55,10 @@ class Running:
         ledger = self.buffer.ledger()
         return ledger.received.messages, ledger.sent.messages, ledger.held.messages, ledger.lost.messages
 
+    def in_turn(self) -> int:
+        """Consumers that wait for a message: the next ones go to them, one after the other."""
+        return sum(map(len, self.buffer.fifo._waiting))
+
     def wait(self, timeout: float = 60) -> str:
         self.thread.join(timeout)
         assert not self.thread.is_alive(), f"the buffer still runs after {timeout} s: {self.status()}"
@@ -91,7 +95,9 @@ def run_buffer() -> Iterator[Callable[..., Running]]:
         assert_closed_account(each.buffer)
         assert each.buffer.pool.used == 0
     left = [thread for thread in threading.enumerate() if thread not in before and _ours(thread)]
-    assert not left, left
+    for thread in left:  # one whose connection has ended by itself may still be on its last lines
+        thread.join(30)
+        assert not thread.is_alive(), left
 
 
 def _ours(thread: threading.Thread) -> bool:
@@ -103,10 +109,10 @@ def connect(url: str) -> socket.socket:
     parts = urlsplit(url)
     if parts.scheme == "ipc":
         sock = socket.socket(socket.AF_UNIX)
-        sock.settimeout(10)
+        sock.settimeout(30)
         sock.connect(parts.path)
         return sock
-    return socket.create_connection((parts.hostname, parts.port), timeout=10)
+    return socket.create_connection((parts.hostname, parts.port), timeout=30)
 
 
 def read_exactly(sock: socket.socket, size: int) -> bytes:
@@ -152,7 +158,7 @@ def nng() -> Iterator[Callable[..., Any]]:
     with contextlib.ExitStack() as stack:
 
         def open_one(kind: type, **options: Any) -> Any:
-            socket_ = stack.enter_context(kind(**{"send_timeout": 10_000, "recv_timeout": 10_000, **options}))
+            socket_ = stack.enter_context(kind(**{"send_timeout": 60_000, "recv_timeout": 30_000, **options}))
             socket_.recv_max_size = 0
             return socket_
 
@@ -160,7 +166,11 @@ def nng() -> Iterator[Callable[..., Any]]:
 
 
 class Collector(threading.Thread):
-    """Receives until a number of messages, an empty one (`sentinel`), or :meth:`finish`."""
+    """Receives until a number of messages, an empty one (`sentinel`), or :meth:`finish`.
+
+    The time-out of its socket is how often it looks whether to go on. Only one who knows neither a number nor an end
+    takes a time-out for the end, when as many as are expected have come.
+    """
 
     def __init__(self, receive: Callable[[], Any], *, count: int | None = None, sentinel: bool = False) -> None:
         super().__init__(name="collector")
@@ -168,6 +178,9 @@ class Collector(threading.Thread):
         self._count = count
         self._sentinel = sentinel
         self._finish = threading.Event()
+        self._came: Callable[[], int] = lambda: len(self.messages)
+        self._expected = 0
+        self._deadline = 0.0
         self.messages: list[Any] = []
 
     def run(self) -> None:
@@ -176,17 +189,31 @@ class Collector(threading.Thread):
                 try:
                     message = self._receive()
                 except (pynng.Timeout, zmq.Again):
-                    if self._finish.is_set():
+                    if self._over():
                         return
                     continue
                 if self._sentinel and not message:
                     return
                 self.messages.append(message)
 
-    def finish(self, timeout: float = 60) -> list[Any]:
-        """Receive what is still under way (the socket's time-out is the end), and return everything."""
+    def _over(self) -> bool:
+        if not self._finish.is_set():
+            return False
+        if time.monotonic() > self._deadline:
+            return True
+        return not self._sentinel and self._count is None and self._came() >= self._expected
+
+    def finish(self, expected: int = 0, came: Callable[[], int] | None = None) -> list[Any]:
+        """Receive what is still under way, and return everything.
+
+        Args:
+            expected: how many messages there must be before a silence is the end: a busy machine may be silent, too.
+            came: counts them, when several collectors share them.
+        """
+        self._expected, self._came = expected, came or self._came
+        self._deadline = time.monotonic() + 30
         self._finish.set()
-        self.join(timeout)
+        self.join(60)
         assert not self.is_alive()
         return self.messages
 
@@ -209,7 +236,7 @@ def collect() -> Iterator[Callable[..., Collector]]:
 def zmq_pull(context: zmq.Context[Any]) -> Callable[..., zmq.Socket[Any]]:
     sockets = []
 
-    def pull(url: str, *, timeout_s: float = 10) -> zmq.Socket[Any]:
+    def pull(url: str, *, timeout_s: float = 30) -> zmq.Socket[Any]:
         sockets.append(context.socket(zmq.PULL))
         sockets[-1].setsockopt(zmq.RCVTIMEO, round(1000 * timeout_s))
         sockets[-1].connect(url)
@@ -224,8 +251,8 @@ def zmq_push(context: zmq.Context[Any]) -> Callable[..., zmq.Socket[Any]]:
 
     def push(url: str) -> zmq.Socket[Any]:
         sockets.append(context.socket(zmq.PUSH))
-        sockets[-1].setsockopt(zmq.SNDTIMEO, 10_000)
-        sockets[-1].setsockopt(zmq.LINGER, 10_000)
+        sockets[-1].setsockopt(zmq.SNDTIMEO, 60_000)
+        sockets[-1].setsockopt(zmq.LINGER, 60_000)
         sockets[-1].connect(url)
         return sockets[-1]
 

@@ -28,7 +28,7 @@ def _urls(child) -> dict[str, str]:
 
 
 def _get(url: str, context: ssl.SSLContext | None = None) -> str:
-    with urllib.request.urlopen(url, timeout=10, context=context) as answer:
+    with urllib.request.urlopen(url, timeout=60, context=context) as answer:
         return answer.read().decode()
 
 
@@ -44,7 +44,7 @@ def test_from_start_to_end_of_stream(start, tmp_path, zmq_push, zmq_pull, wait_u
     assert (status["in"], status["out"]) == ([urls["in"]], [urls["out"]])
     push = zmq_push(urls["in"])
     push.send(b"hello")
-    wait_until(lambda: json.loads(_get(urls["status"] + "/status"))["held"]["messages"] == 1, 10, "message")
+    wait_until(lambda: json.loads(_get(urls["status"] + "/status"))["held"]["messages"] == 1, 60, "message")
     metrics = _get(urls["status"] + "/metrics").splitlines()
     assert 'nngstream_held_bytes{buffer="run7"} 5' in metrics
     assert 'nngstream_state{buffer="run7",state="streaming"} 1' in metrics
@@ -54,7 +54,7 @@ def test_from_start_to_end_of_stream(start, tmp_path, zmq_push, zmq_pull, wait_u
     pull = zmq_pull(urls["out"])
     assert pull.recv() == b"hello"
     push.close()
-    assert child.wait(10) == 0
+    assert child.wait() == 0
     assert [pull.recv(), pull.recv()] == [b"", b""]
     final = json.loads(summary.read_text())
     assert (final["state"], final["sent"], final["lost"]["messages"]) == ("done", {"messages": 1, "bytes": 5}, 0)
@@ -71,9 +71,9 @@ def test_a_signal_says_what_was_dropped(start, tmp_path, zmq_push, wait_until, n
     urls = _urls(child)
     push = zmq_push(urls["in"])
     push.send(b"x" * 100)
-    wait_until(lambda: json.loads(_get(urls["status"] + "/status"))["held"]["messages"] == 1, 10, "message")
+    wait_until(lambda: json.loads(_get(urls["status"] + "/status"))["held"]["messages"] == 1, 60, "message")
     child.signal(number)
-    assert child.wait(10) == code
+    assert child.wait() == code
     assert "dropped 1 messages (100 bytes)" in child.output()
     final = json.loads((tmp_path / "summary.json").read_text())
     assert (final["state"], final["lost"]) == ("failed", {"messages": 1, "bytes": 100})
@@ -86,7 +86,7 @@ def test_a_signal_to_an_empty_buffer_is_no_failure(start):
     )
     _urls(child)
     child.signal(signal.SIGTERM)
-    assert child.wait(10) == 0
+    assert child.wait() == 0
 
 
 @pytest.mark.parametrize("option", ["--in", "--out", "--status"])
@@ -96,7 +96,7 @@ def test_a_port_in_use_is_a_clear_message_and_exit_3(start, option):
         urls = {"--in": "tcp://127.0.0.1:0", "--out": "tcp://127.0.0.1:0", "--status": "http://127.0.0.1:0"}
         urls[option] = urls[option][:-1] + str(port)
         child = start("nngstream", *(word for pair in urls.items() for word in pair))
-        assert child.wait(10) == 3
+        assert child.wait() == 3
         output = child.output()
     assert f"cannot listen at {urls[option]}" in output
     assert "Choose another" in output
@@ -116,10 +116,10 @@ def test_an_ipc_path_left_by_a_killed_buffer_is_taken_over_and_one_in_use_is_not
     first = start(*words)
     _urls(first)
     second = start(*words)
-    assert second.wait(10) == 3
+    assert second.wait() == 3
     assert f"ipc://{tmp_path}/in" in second.output()
     first.signal(signal.SIGKILL)
-    first.process.wait(10)
+    first.process.wait(60)
     assert (tmp_path / "in").exists()
     third = start(*words)
     _urls(third)
@@ -170,7 +170,7 @@ def test_wrong_options_are_explained_with_exit_2(words, message):
 
 def test_a_wrong_option_shows_no_traceback(start):
     child = start("nngstream", "--in", "tcp://127.0.0.1:0", "--out", "nowhere")
-    assert child.wait(10) == 2
+    assert child.wait() == 2
     assert child.output().startswith("options: out.0: 'nowhere' is no address")
     assert "Traceback" not in child.output()
 
@@ -185,7 +185,7 @@ def test_options_come_from_a_file_and_are_overridden_on_the_command_line(start, 
     assert (status["name"], status["capacity_bytes"]) == ("b", 2 << 20)
     path.write_text(path.read_text() + "capacitty: 3\n")
     wrong = start("nngstream", "--config", str(path))
-    assert wrong.wait(10) == 2
+    assert wrong.wait() == 2
     assert f"{path}: capacitty: Extra inputs are not permitted (given: 3)" in wrong.output()
 
 
@@ -228,7 +228,7 @@ def test_a_status_client_that_says_nothing_holds_nobody_up(start):
         half.sendall(b"GET /sta")
         assert json.loads(_get(url + "/status"))["state"] == "waiting"
         child.signal(signal.SIGTERM)
-        assert child.wait(10) == 0
+        assert child.wait() == 0
 
 
 def test_top_shows_a_running_buffer_and_ends_with_it(start, zmq_push, wait_until):
@@ -238,18 +238,18 @@ def test_top_shows_a_running_buffer_and_ends_with_it(start, zmq_push, wait_until
     )  # fmt: skip
     urls = _urls(child)
     zmq_push(urls["in"]).send(b"x" * 5000)
-    wait_until(lambda: json.loads(_get(urls["status"] + "/status"))["held"]["messages"] == 1, 10, "message")
+    wait_until(lambda: json.loads(_get(urls["status"] + "/status"))["held"]["messages"] == 1, 60, "message")
     once = start("nngstream", "top", urls["status"], "--once", env={"COLUMNS": "150"})
-    assert once.wait(10) == 0
+    assert once.wait() == 0
     for text in ("run9", "streaming", "5 kB held of 1.07 GB", "received 1 (5 kB)", "waits for: a consumer", "zmq"):
         assert text in once.output()
     live = start("nngstream", "top", urls["status"], "--interval", "0.1", env={"COLUMNS": "150"})
     live.wait_for_output("run9")
     child.signal(signal.SIGTERM)
-    assert child.wait(10) == 143
-    assert live.wait(10) == 0
+    assert child.wait() == 143
+    assert live.wait() == 0
     gone = start("nngstream", "top", urls["status"])
-    assert gone.wait(10) == 3
+    assert gone.wait() == 3
     assert "refused" in gone.output()
 
 
@@ -264,17 +264,17 @@ def test_top_reads_an_encrypted_status(start, sites):
     files = ["--tls-certificate", str(client.certificate), "--tls-key", str(client.key)]
     files += ["--tls-ca", str(client.folder / "known_servers" / "org.crt")]
     once = start("nngstream", "top", url, "--once", *files)
-    assert once.wait(10) == 0
+    assert once.wait() == 0
     assert "waits for: the first producer" in once.output()
     without = start("nngstream", "top", url, "--once")
-    assert without.wait(10) == 2
+    assert without.wait() == 2
     assert "--tls-certificate" in without.output()
 
 
 def test_every_metric_of_the_dashboard_is_one_the_buffer_has(run_buffer, zmq_push, wait_until):
     running = run_buffer()
     zmq_push(running.inp)
-    wait_until(lambda: running.status()["producers"] == 1, 10, "producer")
+    wait_until(lambda: running.status()["producers"] == 1, 60, "producer")
     known = set(re.findall(r"^(nngstream_\w+)\{", metrics(running.status()), re.MULTILINE))
     dashboard = (Path(__file__).parents[3] / "docs" / "examples" / "buffer-grafana.json").read_text()
     panels = json.loads(dashboard)["panels"]
@@ -303,17 +303,17 @@ def test_peers_go_on_when_a_killed_buffer_is_started_again(start, free_port, zmq
 
     thread = threading.Thread(target=produce)
     thread.start()
-    wait_until(lambda: len(collector.messages) > 50, 20, "messages")
+    wait_until(lambda: len(collector.messages) > 50, 60, "messages")
     first.signal(signal.SIGKILL)
-    first.process.wait(10)
+    first.process.wait(60)
     before = len(collector.messages)
     second = start(*words)
     _urls(second)
-    wait_until(lambda: len(collector.messages) > before + 50, 20, "messages through the second buffer")
+    wait_until(lambda: len(collector.messages) > before + 50, 60, "messages through the second buffer")
     stop.set()
-    thread.join(20)
+    thread.join(60)
     push.close()
-    assert second.wait(20) == 0
+    assert second.wait() == 0
     numbers = [int(message.split(b" ", 1)[0]) for message in collector.finish()]
     assert numbers == sorted(set(numbers)), "nothing comes twice, nothing out of order"
     assert numbers[-1] == len(sent) - 1

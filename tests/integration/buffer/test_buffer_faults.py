@@ -65,7 +65,7 @@ def test_a_killed_consumer_costs_what_its_socket_held_and_nothing_comes_twice(
 ):
     running = run_buffer(sentinel=1, send_buffer="64KiB", capacity="64MiB")
     child = start(sys.executable, "-c", CONSUMER, running.out)
-    wait_until(lambda: running.status()["consumers"] == 1, 10, "consumer")
+    wait_until(lambda: running.status()["consumers"] == 1, 60, "consumer")
     push = zmq_push(running.inp)
     count = 400 if size < 1_000_000 else 60 if size == 1_000_000 else 16
 
@@ -78,12 +78,12 @@ def test_a_killed_consumer_costs_what_its_socket_held_and_nothing_comes_twice(
     ready = threading.Event()
     thread = threading.Thread(target=produce)
     thread.start()
-    ready.wait(10)
-    wait_until(lambda: "\n" in child.output(), 10, "messages at the consumer")
+    assert ready.wait(60)
+    wait_until(lambda: "\n" in child.output(), 60, "messages at the consumer")
     child.signal(9)
     child.wait()
     collector = collect(zmq_pull(running.out).recv, sentinel=True)
-    thread.join(20)
+    thread.join(60)
     push.close()
     assert running.wait() == "done"
     second = [int(message[:12]) for message in collector.finish()]
@@ -111,7 +111,7 @@ def test_a_late_consumer_gets_everything(run_buffer, zmq_push, zmq_pull, collect
     for number in range(50):
         push.send(b"%d" % number)
     push.close()
-    wait_until(lambda: running.status()["state"] == "draining", 10, "draining")
+    wait_until(lambda: running.status()["state"] == "draining", 60, "draining")
     assert running.status()["held"]["messages"] == 50
     assert running.status()["oldest_age_s"] > 0
     collector = collect(zmq_pull(running.out).recv, sentinel=True)
@@ -127,16 +127,17 @@ def test_a_full_buffer_makes_producers_wait_and_drops_nothing(
     running = run_buffer(sentinel=1, capacity=capacity)
     push = zmq_push(running.inp)
     push.setsockopt(zmq.SNDHWM, 1)
-    count = (12_000_000 if size == 1000 else 40_000_000) // size
+    # More than the capacity and what the kernel holds on the way, up to 4 MB on one side and 6 MB on the other.
+    count = (24_000_000 if size == 1000 else 40_000_000) // size
     thread = threading.Thread(target=lambda: [push.send(b"%012d" % n + bytes(size)) for n in range(count)])
     thread.start()
-    wait_until(lambda: running.status()["producers_waiting"] == 1, 20, "waiting producer")
+    wait_until(lambda: running.status()["producers_waiting"] == 1, 60, "waiting producer")
     held = running.status()["held"]["bytes"]
     assert capacity // 2 < held <= capacity
     assert running.buffer.pool.mapped <= capacity
     assert thread.is_alive()
     collector = collect(zmq_pull(running.out).recv, sentinel=True)
-    thread.join(30)
+    thread.join(60)
     push.close()
     assert running.wait() == "done"
     assert [int(message[:12]) for message in collector.finish()] == list(range(count))
@@ -165,7 +166,7 @@ def test_a_message_larger_than_the_buffer_is_refused_to_its_producer_alone(
     good = raw(running.inp, push_greeting)
     bad = nng(pynng.Push0, dial=running.inp) if library == "nng" else zmq_push(running.inp)
     bad.send(bytes(2_000_000))
-    wait_until(lambda: running.status()["refused"], 10, "refusal")
+    wait_until(lambda: running.status()["refused"], 60, "refusal")
     assert "can never fit into a buffer of 1048576 bytes" in running.status()["last_refusal"]
     bad.close()
     good.sendall(sp(b"still here"))
@@ -196,12 +197,12 @@ def test_garbage_on_the_port_harms_nobody_else(run_buffer, raw, push_greeting, z
         url = running.inp if side == "in" else running.out
         where = ("127.0.0.1", int(url.rpartition(":")[2]))
         # It may be cut off at any moment.
-        with contextlib.suppress(OSError), socket.create_connection(where, timeout=10) as sock:
+        with contextlib.suppress(OSError), socket.create_connection(where, timeout=60) as sock:
             sock.sendall(garbage)
             sock.shutdown(socket.SHUT_WR)
             while sock.recv(4096):
                 pass
-        wait_until(lambda number=number: running.status()["refused"] == number, 10, "refusal")
+        wait_until(lambda number=number: running.status()["refused"] == number, 60, "refusal")
         producer.sendall(sp(b"%d" % number))
         assert pull.recv() == b"%d" % number
     producer.close()
@@ -212,10 +213,10 @@ def test_garbage_on_the_port_harms_nobody_else(run_buffer, raw, push_greeting, z
 def test_a_socket_on_the_wrong_side_is_told_so(run_buffer, zmq_pull, zmq_push, nng, wait_until):
     running = run_buffer()
     zmq_push(running.out)
-    wait_until(lambda: running.status()["refused"] == 1, 10, "refusal")
+    wait_until(lambda: running.status()["refused"] >= 1, 60, "refusal")
     assert "is a PUSH socket" in running.status()["last_refusal"]
     nng(pynng.Pull0, dial=running.inp, block_on_dial=False)
-    wait_until(lambda: "Pull0" in (running.status()["last_refusal"] or ""), 10, "refusal")
+    wait_until(lambda: "Pull0" in (running.status()["last_refusal"] or ""), 60, "refusal")
 
 
 AFTER_HANDSHAKE = {
@@ -227,7 +228,7 @@ AFTER_HANDSHAKE = {
 
 
 @pytest.mark.parametrize("what", AFTER_HANDSHAKE)
-def test_a_message_that_stops_half_way_is_not_received(run_buffer, raw, push_greeting, zmq_pull, sp, what):
+def test_a_message_that_stops_half_way_is_not_received(run_buffer, raw, push_greeting, zmq_pull, sp, wait_until, what):
     running = run_buffer(producers=2, sentinel=1)
     broken = raw(running.inp, push_greeting)
     broken.sendall(sp(b"whole"))
@@ -235,6 +236,7 @@ def test_a_message_that_stops_half_way_is_not_received(run_buffer, raw, push_gre
     assert pull.recv() == b"whole"
     broken.sendall(AFTER_HANDSHAKE[what])
     broken.close()
+    wait_until(lambda: running.status()["producers"] == 0, 60, "first producer gone")
     good = raw(running.inp, push_greeting)
     good.sendall(sp(b"other"))
     assert pull.recv() == b"other"
@@ -250,9 +252,9 @@ def test_a_message_that_stops_half_way_is_not_received(run_buffer, raw, push_gre
 def test_a_producer_that_falls_silent_inside_a_message_is_cut_off(run_buffer, raw, push_greeting, sp):
     running = run_buffer(silence=0.3)
     quiet = raw(running.inp, push_greeting)
-    quiet.sendall(sp(bytes(1_000_000))[:500_000])
-    quiet.settimeout(10)
-    assert quiet.recv(1) == b""
+    with contextlib.suppress(ConnectionError):  # on a busy machine even before all of this has been sent
+        quiet.sendall(sp(bytes(1_000_000))[:500_000])
+        assert quiet.recv(1) == b""
     assert running.wait() == "done"
     assert "silent for 0.3 s" in running.status()["peers"][0]["ended"]
 
@@ -270,7 +272,7 @@ def test_a_producer_may_be_silent_between_messages(run_buffer, raw, push_greetin
 
 
 def test_slow_handshakes_hold_nobody_up_and_are_cut_off(run_buffer, raw, push_greeting, zmq_pull, sp, monkeypatch):
-    monkeypatch.setattr("nngstream.handshake.HANDSHAKE_S", 0.5)
+    monkeypatch.setattr("nngstream.handshake.HANDSHAKE_S", 2.0)
     running = run_buffer()
     slow = [raw(running.inp) for _ in range(20)]
     for sock in slow[::2]:
@@ -285,7 +287,7 @@ def test_slow_handshakes_hold_nobody_up_and_are_cut_off(run_buffer, raw, push_gr
                 sock.sendall(b"\x00")
             except OSError:
                 continue
-        assert time.monotonic() - started < 5, "one byte now and then does not buy more time"
+        assert time.monotonic() - started < 30, "one byte now and then does not buy more time"
         time.sleep(0.1)
     producer.close()
     assert running.wait() == "done"
@@ -309,24 +311,24 @@ def test_a_stop_signal_gives_away_what_it_can_and_counts_the_rest_as_lost(run_bu
     push = zmq_push(running.inp)
     for _ in range(10):
         push.send(b"x" * 1000)
-    wait_until(lambda: running.amounts()[0] == 10, 10, "messages")
+    wait_until(lambda: running.amounts()[0] == 10, 60, "messages")
     running.buffer.stop()
-    assert running.wait(5) == "failed"
+    assert running.wait() == "failed"
     assert running.amounts() == (10, 0, 0, 10)
 
 
 def test_a_stop_signal_while_a_consumer_is_there_loses_nothing(
     run_buffer, raw, push_greeting, sp, zmq_pull, wait_until
 ):
-    running = run_buffer(drain=10)
+    running = run_buffer(drain=60)
     producer = raw(running.inp, push_greeting)
     producer.sendall(sp(b"x" * 1000) * 1000)
-    wait_until(lambda: running.amounts()[0] == 1000, 10, "messages")
+    wait_until(lambda: running.amounts()[0] == 1000, 60, "messages")
     running.buffer.stop()
     pull = zmq_pull(running.out)
     for _ in range(1000):
         assert len(pull.recv()) == 1000
-    assert running.wait(10) == "done"
+    assert running.wait() == "done"
     assert running.amounts() == (1000, 1000, 0, 0)
 
 
@@ -338,23 +340,24 @@ def test_a_stop_signal_does_not_wait_for_a_consumer_that_does_not_read(
     producer = raw(running.inp, push_greeting)
     thread = threading.Thread(target=lambda: producer.sendall(sp(bytes(20_000_000))))
     thread.start()
-    wait_until(lambda: running.amounts()[0] == 1, 10, "message")
-    thread.join(10)
+    wait_until(lambda: running.amounts()[0] == 1, 60, "message")
+    thread.join(60)
     running.buffer.stop()
-    assert running.wait(8) == "failed"
+    assert running.wait() == "failed"
     assert running.amounts() == (1, 0, 0, 1)
 
 
 def test_producers_that_come_within_the_grace_go_on(run_buffer, raw, push_greeting, sp, zmq_pull, wait_until):
-    running = run_buffer(grace=1.5)
+    running = run_buffer(grace=60)
     pull = zmq_pull(running.out)
     for number in range(2):
         producer = raw(running.inp, push_greeting)
         producer.sendall(sp(b"%d" % number))
         assert pull.recv() == b"%d" % number
         producer.close()
-        wait_until(lambda: running.status()["producers"] == 0, 10, "producer gone")
+        wait_until(lambda: running.status()["producers"] == 0, 60, "producer gone")
     assert running.status()["state"] == "streaming"
+    running.buffer.lifecycle._grace = 0.05  # that was enough
     assert running.wait() == "done"
     assert running.status()["producers_seen"] == 2
 
@@ -362,8 +365,8 @@ def test_producers_that_come_within_the_grace_go_on(run_buffer, raw, push_greeti
 def test_it_waits_for_as_many_producers_as_were_promised(run_buffer, raw, push_greeting, wait_until):
     running = run_buffer(producers=2)
     raw(running.inp, push_greeting).close()
-    wait_until(lambda: running.status()["producers_seen"] == 1, 10, "first producer")
-    wait_until(lambda: running.status()["producers"] == 0, 10, "first producer gone")
+    wait_until(lambda: running.status()["producers_seen"] == 1, 60, "first producer")
+    wait_until(lambda: running.status()["producers"] == 0, 60, "first producer gone")
     running.thread.join(0.5)
     assert running.status()["state"] == "streaming"
     raw(running.inp, push_greeting).close()
@@ -374,13 +377,13 @@ def test_heartbeats_of_zeromq_peers_are_answered(run_buffer, context, wait_until
     running = run_buffer()
     push, pull = context.socket(zmq.PUSH), context.socket(zmq.PULL)
     for each in (push, pull):
-        each.setsockopt(zmq.HEARTBEAT_IVL, 50)
-        each.setsockopt(zmq.HEARTBEAT_TIMEOUT, 200)
-        each.setsockopt(zmq.RCVTIMEO, 10_000)
+        each.setsockopt(zmq.HEARTBEAT_IVL, 100)
+        each.setsockopt(zmq.HEARTBEAT_TIMEOUT, 2000)  # a busy machine may stop for a second
+        each.setsockopt(zmq.RCVTIMEO, 30_000)
     push.connect(running.inp)
     pull.connect(running.out)
-    wait_until(lambda: running.status()["producers"] + running.status()["consumers"] == 2, 10, "peers")
-    time.sleep(1)  # several time-outs: without PONG both would have connected again
+    wait_until(lambda: running.status()["producers"] + running.status()["consumers"] == 2, 60, "peers")
+    time.sleep(3)  # longer than the time-out: without PONG both would have connected again
     assert (running.status()["producers_seen"], running.status()["consumers_seen"]) == (1, 1)
     push.send(b"alive")
     assert pull.recv() == b"alive"
@@ -393,18 +396,19 @@ def test_a_full_buffer_does_not_look_dead_to_a_producer_with_heartbeats(
 ):
     running = run_buffer(capacity="1MiB", sentinel=1)
     push = context.socket(zmq.PUSH)
-    for option, value in ((zmq.HEARTBEAT_IVL, 200), (zmq.HEARTBEAT_TIMEOUT, 600), (zmq.SNDTIMEO, 20_000)):
+    for option, value in ((zmq.HEARTBEAT_IVL, 200), (zmq.HEARTBEAT_TIMEOUT, 2000), (zmq.SNDTIMEO, 60_000)):
         push.setsockopt(option, value)
     push.connect(running.inp)
-    wait_until(lambda: running.status()["producers"] == 1, 10, "producer")
-    time.sleep(0.5)  # its first PING has come
+    wait_until(lambda: running.status()["producers"] == 1, 60, "producer")
+    (producer,) = running.buffer._connections._those("in")
+    wait_until(lambda: producer.inlet._heartbeats, 60, "its first PING")
     thread = threading.Thread(target=lambda: [push.send(b"%06d" % n + bytes(100_000)) for n in range(2000)])
     thread.start()
-    wait_until(lambda: running.status()["producers_waiting"] == 1, 10, "full memory")
-    time.sleep(2)  # several of its time-outs
+    wait_until(lambda: running.status()["producers_waiting"] == 1, 60, "full memory")
+    time.sleep(4.5)  # two of its time-outs
     assert running.status()["producers_seen"] == 1
     collector = collect(zmq_pull(running.out).recv, sentinel=True)
-    thread.join(20)
+    thread.join(60)
     drained(running, 2000)  # a heartbeat's answer to a producer that has closed makes its kernel drop what is left
     push.close()
     assert running.wait() == "done"
@@ -423,12 +427,14 @@ def test_what_lay_in_the_socket_of_a_dead_consumer_is_counted_at_that_peer(
     assert len(consumer.recv(8)) == 8
     producer = raw(running.inp, push_greeting)
     producer.sendall(sp(b"x" * 10_000) * 100)
-    wait_until(lambda: running.amounts()[0] == 100, 10, "messages")
+    wait_until(lambda: running.amounts()[0] == 100, 60, "messages")
     for _ in range(3):
         sp_receive(consumer)
+    (connection,) = running.buffer._connections._those("out")
+    wait_until(lambda: connection.stream._unacknowledged() > 100_000, 60, "messages in its socket")
     consumer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     consumer.close()  # a reset, as when its machine dies
-    wait_until(lambda: running.status()["consumers"] == 0, 10, "consumer gone")
+    wait_until(lambda: running.status()["consumers"] == 0, 60, "consumer gone")
     received, sent, held, lost = running.amounts()
     assert received == sent + held + lost
     # Its kernel took what it read, of which the last segment may not be acknowledged yet, and at most its buffer; what
@@ -479,10 +485,10 @@ def test_ten_thousand_connections_that_come_and_go_leave_nothing(run_buffer, wai
         role = "PUSH" if number % 2 else "PULL"
         _visit(ports[role], role, what, answered=answered, reset=number % 4 > 1)
         if number == 500:  # code and caches are there now
-            wait_until(lambda: threading.active_count() <= threads, 20, "end of all threads")
+            wait_until(lambda: threading.active_count() <= threads, 60, "end of all threads")
             memory = _memory()
-    wait_until(lambda: threading.active_count() <= threads, 20, "end of all threads")
-    wait_until(lambda: _files() <= files, 20, "closing of all files")
+    wait_until(lambda: threading.active_count() <= threads, 60, "end of all threads")
+    wait_until(lambda: _files() <= files, 60, "closing of all files")
     assert _memory() - memory < 20 << 20
     status = running.status()
     assert status["producers"] == status["consumers"] == 0
@@ -540,12 +546,12 @@ def test_ten_minutes_at_full_rate_keep_the_memory_flat(start, tmp_path, wait_unt
 def _fill(running, raw, push_greeting, pull_greeting, sp, wait_until, count=300):
     """A consumer that has read nothing yet, and more messages than both sockets hold."""
     consumer = raw(running.out, pull_greeting)
-    wait_until(lambda: running.status()["consumers"] == 1, 10, "consumer")
+    wait_until(lambda: running.status()["consumers"] == 1, 60, "consumer")
     producer = raw(running.inp, push_greeting)
     for number in range(count):
         producer.sendall(sp(b"%06d" % number + bytes(50_000)))
     producer.close()
-    wait_until(lambda: running.amounts()[0] == count, 10, "messages")
+    wait_until(lambda: running.amounts()[0] == count, 60, "messages")
     return consumer
 
 
@@ -568,7 +574,7 @@ def test_a_consumer_whose_host_is_dead_is_cut_off(
     monkeypatch.setattr("nngstream.connections.UNANSWERED_S", 0.3)
     running = run_buffer(send_buffer="64KiB")
     dead = raw(running.out, pull_greeting)
-    wait_until(lambda: running.status()["consumers"] == 1, 10, "consumer")
+    wait_until(lambda: running.status()["consumers"] == 1, 60, "consumer")
     refuse_all = ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 0))  # BPF: `ret 0`, no packet comes in
     dead.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HL", 1, ctypes.addressof(refuse_all)))
     producer = raw(running.inp, push_greeting)
@@ -595,7 +601,7 @@ def test_a_stop_signal_may_come_at_any_moment(run_buffer):
         stopped.set()
 
     threading.Thread(target=handler, daemon=True).start()
-    assert stopped.wait(10)
+    assert stopped.wait(60)
     assert running.wait() == "done"
 
 
@@ -605,13 +611,13 @@ def test_the_end_may_come_while_a_connection_begins(run_buffer, raw, monkeypatch
     class SlowThread(threading.Thread):
         def start(self) -> None:
             beginning.set()
-            assert go_on.wait(20)
+            assert go_on.wait(60)
             super().start()
 
     running = run_buffer()
     monkeypatch.setattr("nngstream.connections.threading.Thread", SlowThread)
     raw(running.inp)
-    assert beginning.wait(10)
+    assert beginning.wait(60)
     monkeypatch.undo()
     results: list[object] = []
 
@@ -625,7 +631,7 @@ def test_the_end_may_come_while_a_connection_begins(run_buffer, raw, monkeypatch
     joiner.start()
     joiner.join(0.5)  # as far as it gets before the other thread goes on
     go_on.set()
-    joiner.join(10)
+    joiner.join(60)
     assert results == [False]
 
 
@@ -636,7 +642,7 @@ def test_a_send_buffer_the_kernel_does_not_grant_is_told_once(
     monkeypatch.setattr("nngstream.stream.Stream.send_buffer", lambda _stream, _nbytes: 2 * 4_194_304)
     for number in range(2):
         raw(running.out, pull_greeting)
-        wait_until(lambda number=number: running.status()["consumers"] == number + 1, 10, "consumer")
+        wait_until(lambda number=number: running.status()["consumers"] == number + 1, 60, "consumer")
     (told,) = [record.getMessage() for record in caplog.records if "send_buffer" in record.getMessage()]
     assert "64000000 bytes are wanted, the kernel grants 4194304" in told
     assert "net.core.wmem_max" in told
@@ -649,5 +655,5 @@ def test_a_send_buffer_that_is_granted_or_was_not_asked_for_is_not_worth_a_word(
     running = run_buffer(**options)
     monkeypatch.setattr("nngstream.stream.Stream.send_buffer", lambda _stream, _nbytes: 2 * 212_992)
     raw(running.out, pull_greeting)
-    wait_until(lambda: running.status()["consumers"] == 1, 10, "consumer")
+    wait_until(lambda: running.status()["consumers"] == 1, 60, "consumer")
     assert "send_buffer" not in caplog.text

@@ -27,7 +27,7 @@ def _message(number: int, size: int) -> bytes:
 
 @pytest.mark.parametrize("scheme", ["tcp", "ipc"])
 def test_mixed_producers_and_consumers_share_one_port_a_side(
-    run_buffer, nng, zmq_pull, zmq_push, collect, tmp_path, drained, scheme
+    run_buffer, nng, zmq_pull, zmq_push, collect, tmp_path, drained, wait_until, scheme
 ):
     urls = {} if scheme == "tcp" else {"in": [f"ipc://{tmp_path}/i"], "out": [f"ipc://{tmp_path}/o"]}
     running = run_buffer(sentinel=1, producers=4, **urls)
@@ -35,6 +35,7 @@ def test_mixed_producers_and_consumers_share_one_port_a_side(
     collectors = [collect(pull.recv, sentinel=True) for pull in pulls]
     nng_pulls = [nng(pynng.Pull0, dial=running.out, recv_timeout=200) for _ in range(2)]
     collectors += [collect(pull.recv) for pull in nng_pulls]
+    wait_until(lambda: running.in_turn() == 4, 60, "four consumers")
     messages = [_message(number, SIZES[number % len(SIZES)]) for number in range(400)]
     pushes = [nng(pynng.Push0, dial=running.inp) for _ in range(2)]
     zmq_pushes = [zmq_push(running.inp) for _ in range(2)]
@@ -48,12 +49,16 @@ def test_mixed_producers_and_consumers_share_one_port_a_side(
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     drained(running, len(messages))
     for socket_ in [*pushes, *zmq_pushes]:
         socket_.close()
     assert running.wait() == "done"
-    got = [message for collector in collectors for message in collector.finish()]
+
+    def came() -> int:
+        return sum(len(collector.messages) for collector in collectors)
+
+    got = [message for collector in collectors for message in collector.finish(len(messages), came)]
     assert Counter(got) == Counter(messages)
     assert all(collector.messages for collector in collectors), "every consumer takes part"
     nbytes = sum(map(len, messages))
@@ -74,8 +79,7 @@ def test_one_producer_and_one_consumer_keep_the_order(run_buffer, zmq_push, zmq_
         push.send(b"%d" % number + b"x" * (number % 97))
     push.close()
     assert running.wait() == "done"
-    collector.join(10)
-    assert [int(message.rstrip(b"x")) for message in collector.messages] == list(range(20_000))
+    assert [int(message.rstrip(b"x")) for message in collector.finish()] == list(range(20_000))
 
 
 @pytest.mark.parametrize("listener", ["nng", "zmq"])
@@ -88,16 +92,16 @@ def test_it_dials_listening_producers_and_consumers_of_both_libraries(
         push, pull = nng(pynng.Push0, listen=addresses[0]), nng(pynng.Pull0, listen=addresses[1])
     else:
         push, pull = context.socket(zmq.PUSH), context.socket(zmq.PULL)
-        pull.setsockopt(zmq.RCVTIMEO, 10_000)
+        pull.setsockopt(zmq.RCVTIMEO, 30_000)
         push.bind(addresses[0])
         pull.bind(addresses[1])
     running = run_buffer(**{"in": [f"dial+{addresses[0]}"], "out": [f"dial+{addresses[1]}"]})
     collector = collect(pull.recv, count=100)
-    wait_until(lambda: running.status()["producers"] == 1, 10, "producer")
+    wait_until(lambda: running.status()["producers"] == 1, 60, "producer")
     messages = [os.urandom(1 + 1000 * number) for number in range(100)]
     for message in messages:
         push.send(message)
-    collector.join(15)
+    collector.join(60)
     assert collector.messages == messages
     push.close()
     assert running.wait() == "done"
@@ -113,7 +117,7 @@ def test_three_stacked_buffers_pass_on_every_message_and_the_end(run_buffer, zmq
         push.send_multipart([b"%d" % number, bytes(2000 * (number % 100))])
     push.close()
     assert [each.wait() for each in (first, middle, last)] == ["done"] * 3
-    assert collector.finish() == [[b"%d" % n, bytes(2000 * (n % 100))] for n in range(300)] + [[b""]]
+    assert collector.finish(301) == [[b"%d" % n, bytes(2000 * (n % 100))] for n in range(300)] + [[b""]]
     assert {peer["buffer"] for peer in middle.status()["peers"]} == {"first", "last"}
 
 
@@ -127,7 +131,7 @@ def test_a_dialling_buffer_may_be_there_first(run_buffer, zmq_push, zmq_pull, co
     push.close()
     assert listening.wait() == "done"
     assert dialling.wait() == "done"
-    collector.join(10)
+    collector.join(60)
     assert collector.messages == [b"one"]
 
 
@@ -141,7 +145,12 @@ def test_parts_of_a_message_stay_together_and_apart(run_buffer, zmq_push, zmq_pu
         push.send_multipart(message)
     push.close()
     assert running.wait() == "done"
-    got = [message for collector in collectors for message in collector.finish() if message != [b""]]
+
+    def came() -> int:
+        return sum(len(collector.messages) for collector in collectors)
+
+    expected = len(messages) + len(pulls)  # each consumer is told the end
+    got = [message for each in collectors for message in each.finish(expected, came) if message != [b""]]
     assert sorted(got) == sorted(messages)
 
 
@@ -185,11 +194,12 @@ def test_two_urls_a_side_feed_one_queue(run_buffer, zmq_push, zmq_pull, tmp_path
 def test_waiting_consumers_are_served_in_turn(run_buffer, zmq_push, zmq_pull, wait_until):
     running = run_buffer(sentinel=1)
     pulls = [zmq_pull(running.out) for _ in range(4)]
-    wait_until(lambda: running.status()["consumers"] == 4, 10, "four consumers")
     push = zmq_push(running.inp)
     for number in range(40):
+        # Who has been served must be back in the line: the thread of its connection may have been held up.
+        wait_until(lambda: running.in_turn() == 4, 60, "four consumers")
         push.send(b"%d" % number)
-        wait_until(lambda number=number: running.amounts()[1] == number + 1, 10, "message sent")
+        wait_until(lambda number=number: running.amounts()[1] == number + 1, 60, "message sent")
     push.close()
     assert running.wait() == "done"
     taken = []
@@ -204,7 +214,7 @@ def test_waiting_consumers_are_served_in_turn(run_buffer, zmq_push, zmq_pull, wa
 def test_a_burst_of_small_messages_is_shared(run_buffer, raw, sp, push_greeting, zmq_pull, wait_until):
     running = run_buffer(sentinel=1)
     pulls = [zmq_pull(running.out) for _ in range(4)]
-    wait_until(lambda: running.status()["consumers"] == 4, 10, "four consumers")
+    wait_until(lambda: running.in_turn() == 4, 60, "four consumers")
     producer = raw(running.inp, push_greeting)
     producer.sendall(b"".join(sp(b"%d" % number) for number in range(400)))
     producer.close()
@@ -247,6 +257,6 @@ def test_a_message_of_more_than_4_gib_passes_from_one_protocol_to_the_other(run_
     assert total == size
     end = (size - 1000) % len(block)
     assert last[-1000:] == (2 * block)[end : end + 1000]
-    thread.join(10)
+    thread.join(60)
     assert running.wait() == "done"
     assert running.status()["sent"] == {"messages": 1, "bytes": size}

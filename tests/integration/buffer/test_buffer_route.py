@@ -14,10 +14,13 @@ TWO = {"out": ["tcp://127.0.0.1:0", "tcp://127.0.0.1:0"]}
 
 
 @pytest.mark.parametrize("size", [10, 200_000])
-def test_all_sectors_of_a_frame_reach_one_group(run_buffer, nng, zmq_push, zmq_pull, collect, drained, size):
+def test_all_sectors_of_a_frame_reach_one_group(
+    run_buffer, nng, zmq_push, zmq_pull, collect, drained, wait_until, size
+):
     running = run_buffer(**TWO, route="2:u32le", producers=4, sentinel=1)
     pulls = [zmq_pull(running.buffer.outputs[group]) for group in (0, 0, 1)]
     collectors = [collect(pull.recv, sentinel=True) for pull in pulls]
+    wait_until(lambda: running.in_turn() == 3, 60, "three consumers")
     pushes = [zmq_push(running.inp) for _ in range(3)] + [nng(pynng.Push0, dial=running.inp)]
     frames = 100
 
@@ -29,7 +32,7 @@ def test_all_sectors_of_a_frame_reach_one_group(run_buffer, nng, zmq_push, zmq_p
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     drained(running, 4 * frames)
     for push in pushes:
         push.close()
@@ -72,7 +75,7 @@ def test_a_group_without_consumers_is_waited_for_and_shown(run_buffer, zmq_push,
     push.close()
     second = zmq_pull(running.buffer.outputs[1])
     assert [second.recv() for _ in range(5)] == [bytes([number]) for number in (1, 3, 5, 7, 9)]
-    wait_until(lambda: running.status()["state"] == "draining", 10, "draining")
+    wait_until(lambda: running.status()["state"] == "draining", 60, "draining")
     groups = running.status()["groups"]
     assert [(group["consumers"], group["queued"]["messages"]) for group in groups] == [(0, 5), (1, 0)]
     first = zmq_pull(running.buffer.outputs[0])

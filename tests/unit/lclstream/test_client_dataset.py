@@ -51,7 +51,7 @@ def streamed(url: str, messages: list[bytes], tls: ssl.SSLContext | None = None)
     thread = threading.Thread(target=send)
     thread.start()
     yield
-    thread.join(15)
+    thread.join(60)
     assert not thread.is_alive()
 
 
@@ -59,7 +59,7 @@ def streamed(url: str, messages: list[bytes], tls: ssl.SSLContext | None = None)
 def make(tmp_path: Path, free_port: Callable[[], int]) -> Callable[..., tuple[StreamDataset, str]]:
     def made(**options: object) -> tuple[StreamDataset, str]:
         url = f"tcp://127.0.0.1:{free_port()}"
-        return StreamDataset(url, tmp_path, key="run7", timeout_s=5, **options), url
+        return StreamDataset(url, tmp_path, key="run7", timeout_s=30, **options), url
 
     return made
 
@@ -192,7 +192,7 @@ def test_workers_share_a_complete_cache_and_are_refused_an_incomplete_one(make):
 
 def test_only_one_process_fills_a_cache(make, tmp_path):
     dataset, url = make()
-    other = StreamDataset(url, tmp_path, key="run7", timeout_s=5)
+    other = StreamDataset(url, tmp_path, key="run7", timeout_s=30)
     with streamed(url, [message(0, 5), message(5, 5)]):
         filling = iter(dataset)
         next(filling)

@@ -36,12 +36,12 @@ def test_everything_sent_before_the_pusher_left_is_read_before_the_end(free_port
     producer = threading.Thread(target=produce)
     producer.start()
     # A small prefetch: most messages are still on their way when the pusher has gone.
-    with pull(url, library="zmq", timeout_s=10, prefetch=2) as puller:
+    with pull(url, library="zmq", timeout_s=30, prefetch=2) as puller:
         received = []
         for message in puller:
             received.append(message)
             time.sleep(0.001)
-    producer.join(10)
+    producer.join(60)
     assert received == sent
     assert puller.statistics.messages == 20
 
@@ -50,7 +50,7 @@ def test_an_empty_message_ends_the_stream_though_the_peer_stays(free_port, conte
     url = f"tcp://127.0.0.1:{free_port()}"
     with context.socket(zmq.PUSH) as pusher:
         pusher.bind(url)
-        with pull(url, library="zmq", timeout_s=5, sentinel=True) as puller:
+        with pull(url, library="zmq", timeout_s=30, sentinel=True) as puller:
             for message in (b"one", b"two", b""):
                 pusher.send(message)
             assert list(puller) == [b"one", b"two"]
@@ -60,7 +60,7 @@ def test_a_peer_that_goes_without_the_expected_sentinel_broke_the_stream(free_po
     url = f"tcp://127.0.0.1:{free_port()}"
     pusher = context.socket(zmq.PUSH)
     pusher.bind(url)
-    with pull(url, library="zmq", timeout_s=5, sentinel=True) as puller:
+    with pull(url, library="zmq", timeout_s=30, sentinel=True) as puller:
         pusher.send(b"one")
         assert puller.receive() == b"one"
         pusher.close()
@@ -68,18 +68,27 @@ def test_a_peer_that_goes_without_the_expected_sentinel_broke_the_stream(free_po
             puller.receive()
 
 
-def test_a_peer_that_restarts_is_met_again(free_port, context):
+def bound(socket: zmq.Socket[bytes], url: str) -> bool:
+    """Listen, if a socket that was closed before has left the address: libzmq closes behind our back."""
+    try:
+        socket.bind(url)
+    except zmq.ZMQError:
+        return False
+    return True
+
+
+def test_a_peer_that_restarts_is_met_again(free_port, context, wait_until):
     url = f"tcp://127.0.0.1:{free_port()}"
     pusher = context.socket(zmq.PUSH)
     pusher.bind(url)
-    with pull(url, library="zmq", timeout_s=10, sentinel=True, reconnect_s=10) as puller:
+    with pull(url, library="zmq", timeout_s=30, sentinel=True, reconnect_s=30) as puller:
         pusher.send(b"before")
         assert puller.receive() == b"before"
         pusher.close()
 
         def restart() -> None:
             with zmq.Context() as second, second.socket(zmq.PUSH) as again:
-                again.bind(url)
+                wait_until(lambda: bound(again, url), what="the address to be free")
                 again.send(b"after")
                 again.send(b"")
 
@@ -95,7 +104,7 @@ def test_several_urls_end_each_by_its_own_sentinels(free_port, context):
     first, second = (context.socket(zmq.PUSH) for _ in urls)
     first.bind(urls[0])
     second.bind(urls[1])
-    with first, second, pull(urls, library="zmq", timeout_s=5) as puller:
+    with first, second, pull(urls, library="zmq", timeout_s=30) as puller:
         first.send(b"a")
         for _ in range(3):
             first.send(b"")  # a buffer may send more sentinels than we have connections
@@ -110,17 +119,17 @@ def test_listening_ends_when_all_producers_have_gone(free_port):
     url = f"tcp://127.0.0.1:{free_port()}"
 
     def produce(part: int) -> None:
-        with push(url, library="zmq", timeout_s=10) as pusher:
+        with push(url, library="zmq", timeout_s=30) as pusher:
             for message in messages(10, 1000 * (part + 1)):
                 pusher.send(message)
 
-    with pull(url, library="zmq", listen=True, producers=2, timeout_s=10) as puller:
+    with pull(url, library="zmq", listen=True, producers=2, timeout_s=30) as puller:
         producers = [threading.Thread(target=produce, args=(part,)) for part in range(2)]
         for producer in producers:
             producer.start()
         received = list(puller)
         for producer in producers:
-            producer.join(10)
+            producer.join(60)
     assert sorted(received) == sorted(messages(10, 1000) + messages(10, 2000))
     assert puller.statistics.connections == 2
 
@@ -133,20 +142,20 @@ def test_closing_a_pusher_waits_until_the_reader_has_everything(free_port, conte
     closing = threading.Event()
 
     def read() -> None:
-        closing.wait(10)
+        closing.wait(60)
         received.extend(reader.recv() for _ in sent)
 
     with context.socket(zmq.PULL) as reader:
         reader.rcvhwm = 1  # most messages are still with the pusher when it closes
-        reader.rcvtimeo = 10_000
+        reader.rcvtimeo = 30_000
         reader.bind(url)
         thread = threading.Thread(target=read)
         thread.start()
-        with push(url, library="zmq", timeout_s=10, queue_messages=50) as pusher:
+        with push(url, library="zmq", timeout_s=30, queue_messages=50) as pusher:
             for message in sent:
                 pusher.send(message)
             closing.set()
-        thread.join(10)
+        thread.join(60)
     assert received == sent
 
 
@@ -162,7 +171,7 @@ def test_nobody_there_is_told_within_the_bound(free_port):
     waiting = push(url, library="zmq", listen=True, connect_timeout_s=0.3, timeout_s=0.3)
     with waiting as pusher, pytest.raises(NoPeerError, match="nobody connected"):
         pusher.send(b"x")
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
 
 
 def test_silence_of_a_connected_peer_is_a_timeout(free_port, context):
@@ -183,7 +192,7 @@ def test_a_pusher_whose_reader_has_gone_says_so(free_port, context):
     url = f"tcp://127.0.0.1:{free_port()}"
     reader = context.socket(zmq.PULL)
     reader.bind(url)
-    pusher = push(url, library="zmq", timeout_s=10).open()
+    pusher = push(url, library="zmq", timeout_s=30).open()
     pusher.send(b"one")
     assert reader.recv() == b"one"
     reader.close()
@@ -223,13 +232,13 @@ def test_a_reader_that_pauses_for_long_gets_every_message(free_port, context, mo
                 pusher.send(message)
 
         producer = threading.Thread(target=produce)
-        with pull(url, library="zmq", timeout_s=10, prefetch=1, sentinel=True) as puller:
+        with pull(url, library="zmq", timeout_s=30, prefetch=1, sentinel=True) as puller:
             producer.start()
             for message in puller:
                 received.append(message)
                 if len(received) == 1:
                     time.sleep(1.5)  # what the promise is about: longer than heartbeats would wait
-        producer.join(10)
+        producer.join(60)
     assert received == sent
     assert puller.statistics.reconnects == 0
 
@@ -239,7 +248,7 @@ def test_a_machine_that_vanished_is_noticed_by_tcp_itself(free_port, context, en
     url = f"tcp://127.0.0.1:{free_port()}"
     with context.socket(zmq.PUSH if end is pull else zmq.PULL) as peer:
         peer.bind(url)
-        with end(url, library="zmq", timeout_s=10) as stream:
+        with end(url, library="zmq", timeout_s=30) as stream:
             (link,) = (stream._receiver if end is pull else stream._sender)._links
             assert link.socket.getsockopt(zmq.TCP_KEEPALIVE) == 1
             assert link.socket.getsockopt(zmq.HEARTBEAT_IVL) == 0

@@ -87,15 +87,22 @@ def test_missing_values_are_skipped_or_marked_and_always_counted(
         assert np.isnan(found["/data/random"][3]).all()
 
 
-def test_a_stop_request_sends_what_was_made(internal: dict[str, Any], tmp_path: Path, datasets: Any) -> None:
+def test_a_stop_request_sends_what_was_made(
+    internal: dict[str, Any], tmp_path: Path, datasets: Any, wait_until: Any
+) -> None:
     internal["event_source"]["number_of_events_to_generate"] = 10**9
     internal["data_handlers"][0]["write_directory"] = str(tmp_path)
     engine = Engine(config.from_mapping(internal))
     engine.open()
-    timer = threading.Timer(0.2, engine.stop.set)
-    timer.start()
+
+    def stop_in_the_middle() -> None:
+        wait_until(lambda: engine.counters.messages > 0, 60, "the first message")
+        engine.stop.set()
+
+    stopper = threading.Thread(target=stop_in_the_middle)
+    stopper.start()
     counters = engine.run()
-    timer.join()
+    stopper.join()
     assert not counters.finished
     assert counters.events > 0
     assert counters.delivered["BinaryFileWritingDataHandler"] == counters.messages

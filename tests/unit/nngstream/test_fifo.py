@@ -89,7 +89,7 @@ def test_consumers_that_wait_are_served_in_turn(seats):
         while len(served) <= number:
             pass
     for thread in threads:
-        thread.join(5)
+        thread.join(60)
     assert sorted(served[:3]) == [0, 1, 2]
     assert served == served[:3] * 10
 
@@ -118,7 +118,7 @@ def test_a_consumer_can_be_called_back_while_it_waits_and_before(seats):
     while not seat.waiting:
         pass
     fifo.call(seat)
-    thread.join(5)
+    thread.join(60)
     assert got == [None]
     fifo.put(batch(b"x"))
     assert content(fifo.take(seat)) == [b"x"]

@@ -26,7 +26,7 @@ def test_who_finds_no_room_waits_until_there_is_some(wait_until):
     wait_until(lambda: pool.waiting == 1)
     assert not got
     first.drop()
-    thread.join(5)
+    thread.join(60)
     assert len(got) == 1
     assert pool.used == got[0].charged
 
@@ -34,17 +34,19 @@ def test_who_finds_no_room_waits_until_there_is_some(wait_until):
 def test_a_large_message_is_not_overtaken_for_ever_by_small_ones(wait_until):
     pool = Pool(8 * MB)
     first = pool.slab(6 * MB, always)
-    order = []
-    large = threading.Thread(target=lambda: (pool.slab(7 * MB, always), order.append("large")))
+    got = {}
+    large = threading.Thread(target=lambda: got.update(large=pool.slab(8 * MB, always)))
     large.start()
     wait_until(lambda: pool.waiting == 1)
-    small = threading.Thread(target=lambda: (pool.slab(MB // 2, always), order.append("small")))
+    small = threading.Thread(target=lambda: got.update(small=pool.slab(MB // 2, always)))
     small.start()
     wait_until(lambda: pool.waiting == 2)
     first.drop()
-    large.join(5)
-    small.join(5)
-    assert order == ["large", "small"]
+    large.join(60)
+    assert list(got) == ["large"], "it takes all there is, and who came later goes on waiting"
+    got["large"].drop()
+    small.join(60)
+    assert list(got) == ["large", "small"]
 
 
 def test_a_wait_can_be_given_up(wait_until):
@@ -65,7 +67,7 @@ def test_a_wait_can_be_given_up(wait_until):
     wait_until(lambda: pool.waiting == 1)
     wanted.clear()
     pool.wake()
-    thread.join(5)
+    thread.join(60)
     assert len(errors) == 1
     assert pool.used == keep.charged
 
@@ -113,7 +115,7 @@ def test_a_full_pool_exchanges_chunks_without_new_memory(wait_until):
     thread.start()
     wait_until(lambda: pool.waiting == 1)
     full[0].drop()
-    thread.join(5)
+    thread.join(60)
     assert id(got[0].slab) in memory
     assert pool.used == MB
 
@@ -132,7 +134,7 @@ def test_who_had_to_wait_is_let_in_when_a_part_is_free_and_not_for_each_message(
     thread.join(0.4)  # longer than the wait looks by itself
     assert not got
     small[3].drop()
-    thread.join(5)
+    thread.join(60)
     assert len(got) == 1
 
 
@@ -145,7 +147,7 @@ def test_what_only_producers_hold_is_not_waited_for(wait_until):
     thread.start()
     wait_until(lambda: pool.waiting == 1)
     queued.drop()
-    thread.join(5)
+    thread.join(60)
     assert len(got) == 1, "the large message may take a minute to arrive: nobody else waits for it"
     receiving.drop()
 
@@ -183,7 +185,7 @@ def test_growing_messages_that_fill_everything_let_one_go_beyond(wait_until):
     pool.received(first)
     assert thread.is_alive(), "the first one is whole: it makes room when it is sent"
     first.drop()
-    thread.join(5)
+    thread.join(60)
     assert not thread.is_alive()
     second.drop()
     assert pool.used == 0

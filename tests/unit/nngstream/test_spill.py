@@ -141,7 +141,7 @@ def test_the_spill_goes_on_after_a_failure(store, monkeypatch, wait_until, error
     monkeypatch.setattr(Path, "open", open_)
     one.put(b"a")
     one.spill.start()
-    wait_until(lambda: one.pool.used == 0, 10, "empty memory")
+    wait_until(lambda: one.pool.used == 0, 60, "empty memory")
     assert store().recovered == 1
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import socket
+import threading
 from typing import Any
 
 import pytest
@@ -66,3 +68,23 @@ def test_peers_are_shown_with_their_rates_and_losses():
     assert "10.0.0.8:2" in text
     assert "reset" in text
     assert "refused 1: x: why" in text
+
+
+@pytest.mark.parametrize(
+    "said", [b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{", b"HTTP/1.1 200 OK\r\nContent-Le", b"HTT", b""]
+)
+def test_a_buffer_that_ends_while_it_answers_is_one_that_does_not_answer(said):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(said)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        source = Source(f"http://127.0.0.1:{server.getsockname()[1]}", None)
+        assert not source.fetch()
+        thread.join(60)
+    assert source.error
