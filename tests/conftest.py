@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -29,6 +30,16 @@ os.environ.setdefault("AIRFLOW__CORE__UNIT_TEST_MODE", "False")
 os.environ.setdefault("AIRFLOW__API_AUTH__JWT_SECRET", "for tests only, and long enough for HS512: " + 21 * "x")
 
 
+# Whether the tests pass must depend neither on chance nor on how busy the machine is. To look for more than the same
+# examples each time: --hypothesis-profile=default
+settings.register_profile("steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("steady")
+
+#: Below those that a kernel gives to whoever asks for any port, so that nobody else gets one before its test uses it,
+#: or while a service is started again. Each process of pytest-xdist has its own thousand.
+_FIRST_PORT = 10000 + 1000 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 10)
+
+
 @pytest.fixture(scope="session")
 def sites(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     """Signing authorities of the sites `s3df` and `olcf` (`SiteAuthority`)."""
@@ -38,14 +49,29 @@ def sites(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     return {site: SiteAuthority(base / site, site) for site in ("s3df", "olcf")}
 
 
-@pytest.fixture
-def free_port() -> Callable[[], int]:
-    """A function that gives a loopback port nobody listens at, a new one at each call."""
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
 
-    def port() -> int:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return int(probe.getsockname()[1])
+
+@pytest.fixture(scope="session")
+def free_port() -> Callable[..., int]:
+    """``free_port()`` gives a loopback port nobody listens at, a new one at each call; ``free_port(3)`` the first of
+    three in a row."""
+    # Two runs on one machine shall not begin with the same one.
+    place = os.getpid() % 1000
+
+    def port(count: int = 1) -> int:
+        nonlocal place
+        for _ in range(1000):
+            first, place = (place, place + count) if place + count <= 1000 else (0, count)
+            if all(_is_free(_FIRST_PORT + number) for number in range(first, first + count)):
+                return _FIRST_PORT + first
+        raise AssertionError(f"no {count} free ports from {_FIRST_PORT} on")
 
     return port
 
@@ -105,10 +131,13 @@ class Child:
 def wait_until(condition: Callable[[], object], timeout: float = 30, what: str = "condition") -> None:
     """Poll until the condition holds; fail with its name when it does not in time."""
     deadline = time.monotonic() + timeout
+    late = False
     while not condition():
-        if time.monotonic() > deadline:
+        # Looked at once more after the deadline: we may have been held up, and not what we wait for.
+        if late:
             raise AssertionError(f"no {what} within {timeout} s")
         time.sleep(0.02)
+        late = time.monotonic() > deadline
 
 
 @pytest.fixture(name="wait_until")
@@ -146,14 +175,13 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Child]]:
 class Superfacility:
     """A Superfacility stand-in as a process, with one client and its user's folder."""
 
-    def __init__(self, folder: Path, machine: dict[str, object], env: dict[str, str], **more: object) -> None:
+    def __init__(
+        self, folder: Path, port: int, machine: dict[str, object], env: dict[str, str], **more: object
+    ) -> None:
         import yaml
 
         from lclstream.superfacility.keys import make_client
 
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
         self.url = f"http://127.0.0.1:{port}"
         self.api_url = f"{self.url}/api/v1.2"
         self.token_url = f"{self.url}/c2id/token"
@@ -201,16 +229,19 @@ class Superfacility:
 
     def stop(self) -> int:
         assert self.child is not None
-        return self.child.stop(30)
+        # It ends the jobs that its tests left, and waits for their end for up to a minute.
+        return self.child.stop(90)
 
 
 @pytest.fixture(scope="session")
-def make_superfacility(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Superfacility]]:
+def make_superfacility(
+    tmp_path_factory: pytest.TempPathFactory, free_port: Callable[..., int]
+) -> Iterator[Callable[..., Superfacility]]:
     """``make_superfacility({"type": "local"}, env)`` starts a stand-in whose machine `perlmutter` is that backend."""
     made: list[Superfacility] = []
 
     def make(machine: dict[str, object], env: dict[str, str] | None = None, **more: object) -> Superfacility:
-        made.append(Superfacility(tmp_path_factory.mktemp("superfacility"), machine, env or {}, **more))
+        made.append(Superfacility(tmp_path_factory.mktemp("superfacility"), free_port(), machine, env or {}, **more))
         return made[-1]
 
     yield make
