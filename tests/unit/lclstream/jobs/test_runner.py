@@ -145,6 +145,25 @@ def test_background_processes_and_daemons_end_with_their_script(attempt: Attempt
     assert attempt.processes() == []
 
 
+_A_MISSED_CHILD = """
+import os, subprocess
+from lclstream.jobs import runner
+script = runner._Script.__new__(runner._Script)
+script._runner, script.pid, script.code = os.getpid(), 0, 0
+child = subprocess.Popen(["sleep", "300"])
+child.returncode = 0  # whoever reaps it
+answers = [{}]
+everybody = runner.processes
+runner.processes = lambda: answers.pop() if answers else everybody()
+assert script.end_all(30.0)
+assert runner.stat_of(child.pid) is None
+"""
+
+
+def test_a_process_that_is_started_while_the_runner_looks_at_the_others_ends_too() -> None:
+    subprocess.run([sys.executable, "-c", _A_MISSED_CHILD], check=True, timeout=60)
+
+
 def test_sigterm_ends_the_script_which_may_clean_up(attempt: Attempt, wait_until: Callable[..., None]) -> None:
     attempt.plan("trap 'echo cleaned; exit 0' TERM; echo ready; sleep 60")
     process = attempt.begin()
