@@ -39,18 +39,18 @@ class Running:
 
     def start(self, wait_until: Callable[..., None]) -> None:
         self._thread.start()
-        wait_until(lambda: self.server.started, 10, "server started")
+        wait_until(lambda: self.server.started, 60, "server started")
 
     def stop(self) -> None:
         self.server.should_exit = True
-        self._thread.join(15)
+        self._thread.join(60)
         assert not self._thread.is_alive()
 
     def connect(self, member: Credentials | None = None) -> ssl.SSLSocket:
         """A TLS connection made by hand, as `ada` unless said otherwise."""
         context = (member or self.site.member("ada")).client_context(self.url)
         return context.wrap_socket(
-            socket.create_connection(("127.0.0.1", self.port), timeout=10), server_hostname="127.0.0.1"
+            socket.create_connection(("127.0.0.1", self.port), timeout=30), server_hostname="127.0.0.1"
         )
 
 
