@@ -100,7 +100,7 @@ class Child:
     def output(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def wait(self, timeout: float = 30) -> int:
+    def wait(self, timeout: float = 60) -> int:
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -108,14 +108,14 @@ class Child:
                 f"{self.process.args} still runs after {timeout} s:\n{self.output()[-4000:]}"
             ) from None
 
-    def wait_for_output(self, text: str, timeout: float = 30) -> None:
+    def wait_for_output(self, text: str, timeout: float = 60) -> None:
         wait_until(lambda: text in self.output() or self.process.poll() is not None, timeout, f"{text!r} in output")
         assert text in self.output(), f"ended with {self.process.returncode} before {text!r}:\n{self.output()[-4000:]}"
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
 
-    def stop(self, timeout: float = 15) -> int:
+    def stop(self, timeout: float = 30) -> int:
         """SIGTERM, then a bounded wait, then SIGKILL for the whole group; without effect when called again."""
         if not self._stopped:
             self._stopped = True
@@ -128,7 +128,7 @@ class Child:
         return self.process.wait(timeout)
 
 
-def wait_until(condition: Callable[[], object], timeout: float = 30, what: str = "condition") -> None:
+def wait_until(condition: Callable[[], object], timeout: float = 60, what: str = "condition") -> None:
     """Poll until the condition holds; fail with its name when it does not in time."""
     deadline = time.monotonic() + timeout
     late = False
