@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,14 +17,11 @@ from lclstream.security.server import server_for
 
 
 @contextmanager
-def _served(app: Any, member: Credentials) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def _served(app: Any, member: Credentials, port: int) -> Iterator[str]:
     server = server_for(app, host="127.0.0.1", port=port, credentials=member, limits=LIMITS)
     thread = threading.Thread(target=server.run)
     thread.start()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not server.started and time.monotonic() < deadline:
         time.sleep(0.01)
     assert server.started
@@ -33,15 +29,15 @@ def _served(app: Any, member: Credentials) -> Iterator[str]:
         yield f"https://127.0.0.1:{port}"
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive()
 
 
 @pytest.fixture(scope="session")
-def serve_app() -> Iterator[Callable[..., str]]:
+def serve_app(free_port: Callable[..., int]) -> Iterator[Callable[..., str]]:
     """``serve_app(app, credentials)`` serves an application until the tests end, and gives its URL."""
     with ExitStack() as stack:
-        yield lambda app, member: stack.enter_context(_served(app, member))
+        yield lambda app, member: stack.enter_context(_served(app, member, free_port()))
 
 
 @pytest.fixture(scope="session")
