@@ -96,7 +96,10 @@ class JobFolder:
 
     def request_cancel(self, reason: str = "") -> None:
         """Ask for the end, so that even a restarted service knows; `reason` will be in the history."""
-        (self.control / "cancel").write_text(reason, encoding="utf-8")
+        # Whole or not there: a service that is killed meanwhile must not end the job for no reason.
+        temporary = self.control / ".cancel"
+        _write(temporary, reason)
+        temporary.replace(self.control / "cancel")
 
     @property
     def cancel_reason(self) -> str:

@@ -125,15 +125,15 @@ class _Script:
         process.returncode = 0
         self.code: int | None = None
 
-    def reap(self) -> None:
-        """Collect the ended children, adopted ones too."""
+    def reap(self) -> bool:
+        """Collect the ended children, adopted ones too; True when there is no other child."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
-                return
+                return True
             if pid == 0:
-                return
+                return False
             if pid == self.pid:
                 self.code = os.waitstatus_to_exitcode(status)
 
@@ -158,9 +158,10 @@ class _Script:
             deadline = time.monotonic() + bound
             told: set[tuple[int, int]] = set()
             while True:
-                self.reap()
+                childless = self.reap()
                 present = self._descendants()
-                if not present:
+                # One that was started while we looked at the others is not among them; it is our child, or will be.
+                if childless and not present:
                     return True
                 # A process can start another one while it is being stopped; a shell then waits for that one.
                 for pid, _ in present - told:

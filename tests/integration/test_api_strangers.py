@@ -70,12 +70,9 @@ class Service:
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def service(tmp_path_factory: pytest.TempPathFactory, free_port: Callable[..., int]) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("strangers")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    service = Service(folder, port, SiteAuthority(folder / "home", "home"))
+    service = Service(folder, free_port(), SiteAuthority(folder / "home", "home"))
     try:
         deadline = time.monotonic() + 60
         while True:
@@ -89,7 +86,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         yield service
     finally:
         service.process.terminate()
-        service.process.wait(20)
+        service.process.wait(60)
 
 
 def ask(service: Service, who: Credentials) -> None:
@@ -98,7 +95,7 @@ def ask(service: Service, who: Credentials) -> None:
 
 
 def ask_with(service: Service, context: ssl.SSLContext) -> None:
-    with httpx.Client(verify=context, trust_env=False) as client:
+    with httpx.Client(verify=context, trust_env=False, timeout=30) as client:
         client.post(f"{service.url}/v1/transfers", json=REQUEST)
 
 
@@ -167,7 +164,7 @@ def test_with_tls_1_2(service: Service) -> None:
 def test_our_clients_do_not_speak_to_a_service_of_another_name(service: Service) -> None:
     alice = service.site.member("alice")
     with (
-        socket.create_connection(("127.0.0.1", service.port), timeout=10) as raw,
+        socket.create_connection(("127.0.0.1", service.port), timeout=30) as raw,
         pytest.raises(ssl.SSLCertVerificationError, match="elsewhere"),
     ):
         alice.client_context(service.url).wrap_socket(raw, server_hostname="elsewhere.example.org")
@@ -179,7 +176,7 @@ def test_a_member_without_a_jobs_secret_cannot_tell_of_it(service: Service, path
     context = service.trusted()
     context.load_cert_chain(mallory.certificate, mallory.key)
     told: dict[str, Any] = {"jobid": "1712345678.123", "jobndx": 1, "state": "completed", "info": "0"}
-    with httpx.Client(verify=context, trust_env=False) as client:
+    with httpx.Client(verify=context, trust_env=False, timeout=30) as client:
         for headers in ({}, {"x-hub-signature-256": "sha256=" + 64 * "0"}):
             answer = client.post(f"{service.url}/v1/callback/{path}", json=told, headers=headers)
             assert answer.status_code == 403

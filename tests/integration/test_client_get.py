@@ -55,11 +55,11 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory, sites, free_ports) -> Iterator[Site]:
+def site(tmp_path_factory, sites, free_port) -> Iterator[Site]:
     """A job service and a transfer service with processes of their own, for all tests here."""
     folder = tmp_path_factory.mktemp("site")
     authority = sites["s3df"]
-    jobs, api, first, *_, last = free_ports(14)
+    jobs, api, first = free_port(), free_port(), free_port(12)
     jobs_config = {
         "listen": {"port": jobs},
         "credentials": str(authority.member("jobs").folder),
@@ -71,7 +71,7 @@ def site(tmp_path_factory, sites, free_ports) -> Iterator[Site]:
         "credentials": str(authority.member("transfer-api").folder),
         "database": f"sqlite:///{folder}/transfers.sqlite",
         "job_service": {"url": f"https://127.0.0.1:{jobs}"},
-        "ports": {"first": first, "last": last},
+        "ports": {"first": first, "last": first + 11},
         "buffer": {"credentials": str(authority.member("buffer").folder), "capacity": "64MiB", "grace_s": 0.5},
         "engine": {"ranks": 2},
         "poll_s": 1,

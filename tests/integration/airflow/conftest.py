@@ -136,15 +136,15 @@ class Services:
 
 @pytest.fixture(scope="session")
 def services(
-    sites: dict[str, Any], tmp_path_factory: pytest.TempPathFactory, free_ports: Callable[[int], range]
+    sites: dict[str, Any], tmp_path_factory: pytest.TempPathFactory, free_port: Callable[..., int]
 ) -> Iterator[Facility]:
     """All services, ready; they end with the last test."""
     folder = tmp_path_factory.mktemp("facility")
     s3df, olcf = sites["s3df"], sites["olcf"]
-    elog, s3df_jobs, olcf_jobs, api, *rest = free_ports(4 + _PORTS)
+    elog, s3df_jobs, olcf_jobs, api, first = (free_port(count) for count in (1, 1, 1, 1, _PORTS))
     airflow = s3df.member("airflow-dag-test")
     olcf.introduce(airflow, service="olcf-jobs", url=f"https://127.0.0.1:{olcf_jobs}")
-    ports = range(rest[0], rest[-1] + 1)
+    ports = range(first, first + _PORTS)
     started = Services(folder)
     try:
         kafka_address = folder / "kafka.address"

@@ -85,7 +85,7 @@ class Service:
 
     def kill(self) -> None:
         self.child.process.kill()
-        self.child.process.wait(10)
+        self.child.process.wait(30)
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         self.child.process.send_signal(number)
@@ -98,13 +98,14 @@ class Service:
         self._clients.append(JobClient(self.url, self.credentials(login)))
         return self._clients[-1]
 
-    def processes(self) -> list[psutil.Process]:
-        """Living processes of this service's jobs, runners included."""
+    def processes(self, jobid: str = "") -> list[psutil.Process]:
+        """Living processes of this service's jobs, or of one of them, runners included."""
+        folder = str(self.prefix / jobid)
         found = []
         for process in psutil.process_iter():
             try:
-                ours = process.environ().get("base", "").startswith(str(self.prefix))
-                ours = ours or str(self.prefix) in " ".join(process.cmdline()[:6])
+                ours = process.environ().get("base", "").startswith(folder)
+                ours = ours or folder in " ".join(process.cmdline()[:6])
                 if ours and process.pid != self.child.pid and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
             except psutil.Error:
@@ -202,7 +203,7 @@ def until_final(wait_until: Callable[..., None]) -> Callable[..., list[Transitio
 def until_state(wait_until: Callable[..., None]) -> Callable[..., None]:
     """Wait until a job is in a state."""
 
-    def wait(client: JobClient, jobid: str, state: JobState, timeout: float = 30) -> None:
+    def wait(client: JobClient, jobid: str, state: JobState, timeout: float = 60) -> None:
         wait_until(lambda: client.state(jobid) is state, timeout, f"{state} of job {jobid}")
 
     return wait
@@ -215,22 +216,27 @@ class Receiver:
     url: str
     received: list[tuple[dict[str, Any], dict[str, str], bytes]] = field(default_factory=list)
     answer: int = 200
-    delay_s: float = 0.0
+    #: Takes nothing while this is not set.
+    takes: threading.Event = field(default_factory=threading.Event)
 
     def states(self, jobid: str) -> list[str]:
         return [document["state"] for document, _, _ in list(self.received) if document["jobid"] == jobid]
 
 
 @pytest.fixture
-def receiver(sites: dict[str, SiteAuthority], free_port: Callable[[], int]) -> Iterator[Receiver]:
+def receiver(
+    sites: dict[str, SiteAuthority], free_port: Callable[..., int], wait_until: Callable[..., None]
+) -> Iterator[Receiver]:
     port = free_port()
     receiver = Receiver(f"https://127.0.0.1:{port}/hook")
+    receiver.takes.set()
     app = FastAPI()
 
     @app.post("/hook/{rest:path}")
     async def take(request: Request) -> Response:
         body = await request.body()
-        await asyncio.sleep(receiver.delay_s)
+        while not receiver.takes.is_set():
+            await asyncio.sleep(0.02)
         if receiver.answer == 200:
             receiver.received.append((json.loads(body), dict(request.headers), body))
         return Response(status_code=receiver.answer)
@@ -238,11 +244,9 @@ def receiver(sites: dict[str, SiteAuthority], free_port: Callable[[], int]) -> I
     server = server_for(app, host="127.0.0.1", port=port, credentials=sites["s3df"].member("receiver"))
     thread = threading.Thread(target=server.run)
     thread.start()
-    deadline = time.monotonic() + 20
-    while not server.started:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: server.started, 60, "start of the receiver")
     yield receiver
+    receiver.takes.set()
     server.should_exit = True
     thread.join(60)
     assert not thread.is_alive()

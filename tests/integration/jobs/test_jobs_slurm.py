@@ -121,10 +121,10 @@ def test_a_running_job_is_cancelled_with_all_its_processes(
     script = "trap 'echo cleaned; exit' TERM; echo ready; sleep 300 & wait"
     jobid = client.submit(JobSpec(script=script, resources=SHARED))
     until_state(client, jobid, JobState.active)
-    wait_until(lambda: client.logs(jobid).get("stdout.1") == "ready\n", 20, "first words")
+    wait_until(lambda: client.logs(jobid).get("stdout.1") == "ready\n", 60, "first words")
     client.cancel(jobid)
     assert states(until_final(client, jobid)) == [*COMPLETE[:3], "1:canceled"]
-    wait_until(lambda: cluster.processes() == [], 20, "end of all processes")
+    wait_until(lambda: cluster.processes() == [], 60, "end of all processes")
     assert client.logs(jobid)["stdout.1"] == "ready\ncleaned\n"
 
 
@@ -156,7 +156,7 @@ def test_a_job_is_unknown_and_not_finished_while_the_scheduler_does_not_answer(
     until_state(client, jobid, JobState.active)
     (cluster.folder / "squeue-is-away").touch()
     (cluster.prefix / jobid / "go").touch()
-    wait_until(lambda: cluster.child.output().count(f"{jobid}: squeue: squeue: error") >= 2, 30, "failed queries")
+    wait_until(lambda: cluster.child.output().count(f"{jobid}: squeue: squeue: error") >= 2, 60, "failed queries")
     assert client.state(jobid) is JobState.active
     backend = client.backends()["default"]
     assert backend.status == "unavailable"
@@ -172,7 +172,7 @@ def test_a_submission_waits_for_a_scheduler_that_is_away(
     client = cluster.client()
     (cluster.folder / "sbatch-is-away").touch()
     jobid = client.submit(JobSpec(script="true", resources=SHARED))
-    wait_until(lambda: f"{jobid}: sbatch: sbatch: error" in cluster.child.output(), 30, "failed submission")
+    wait_until(lambda: f"{jobid}: sbatch: sbatch: error" in cluster.child.output(), 60, "failed submission")
     assert client.state(jobid) is JobState.new
     (cluster.folder / "sbatch-is-away").unlink()
     assert states(until_final(client, jobid)) == COMPLETE
@@ -198,7 +198,7 @@ def test_a_job_squeue_has_forgotten_is_known_from_accounting_or_its_notes(
     until_state(client, jobid, JobState.active)
     cluster.kill()
     (cluster.prefix / jobid / "go").touch()
-    wait_until(lambda: (cluster.prefix / jobid / "control" / "1" / "exit.json").exists(), 20, "end of the script")
+    wait_until(lambda: (cluster.prefix / jobid / "control" / "1" / "exit.json").exists(), 60, "end of the script")
     (cluster.folder / "squeue-forgets").touch()
     cluster.start()
     try:
@@ -210,6 +210,7 @@ def test_a_job_squeue_has_forgotten_is_known_from_accounting_or_its_notes(
     assert history[-1].info == code
 
 
+@pytest.mark.timeout(400)
 def test_a_requeued_job_begins_another_attempt(
     cluster: Any, until_final: Any, until_state: Any, wait_until: Callable[..., None]
 ) -> None:
@@ -218,39 +219,40 @@ def test_a_requeued_job_begins_another_attempt(
         JobSpec(script="[ $jobndx = 2 ] && exit 0; echo first; sleep 300", resources=SHARED, attributes={"--nice": "0"})
     )
     until_state(client, jobid, JobState.active)
-    wait_until(lambda: client.logs(jobid).get("stdout.1") == "first\n", 20, "first words")
+    wait_until(lambda: client.logs(jobid).get("stdout.1") == "first\n", 60, "first words")
     native_id = client.history(jobid)[1].info
     subprocess.run(["scontrol", "requeue", native_id], check=True)
-    wait_until(lambda: client.history(jobid)[-1].jobndx == 2, 30, "second attempt")
+    wait_until(lambda: client.history(jobid)[-1].jobndx == 2, 60, "second attempt")
     # Slurm lets a requeued job wait for two minutes; its operator may start it sooner, but not within the second in
     # which the first attempt's credential was revoked.
     time.sleep(2.0)
     subprocess.run(["scontrol", "update", f"jobid={native_id}", "starttime=now"], check=False, capture_output=True)
-    history = until_final(client, jobid, 110)
+    history = until_final(client, jobid, 200)
     assert states(history) == [*COMPLETE[:3], "2:queued", "2:active", "2:completed"]
     assert "first" in client.logs(jobid)["stdout.1"]
     assert "stdout.2" in client.logs(jobid)
 
 
+@pytest.mark.timeout(400)
 def test_a_node_that_fails_puts_its_job_back_and_another_attempt_begins(
     cluster: Any, until_final: Any, until_state: Any, wait_until: Callable[..., None]
 ) -> None:
     client = cluster.client()
     jobid = client.submit(JobSpec(script="[ $jobndx = 2 ] && exit 0; echo first; sleep 300", resources=SHARED))
     until_state(client, jobid, JobState.active)
-    wait_until(lambda: client.logs(jobid).get("stdout.1") == "first\n", 20, "first words")
+    wait_until(lambda: client.logs(jobid).get("stdout.1") == "first\n", 60, "first words")
     native_id = client.history(jobid)[1].info
     node = subprocess.run(["sinfo", "-h", "-o", "%n"], capture_output=True, text=True, check=True).stdout.strip()
     subprocess.run(["scontrol", "update", f"nodename={node}", "state=down", "reason=test"], check=True)
     try:
-        wait_until(lambda: client.history(jobid)[-1].jobndx == 2, 30, "second attempt")
+        wait_until(lambda: client.history(jobid)[-1].jobndx == 2, 60, "second attempt")
         assert states(client.history(jobid)) == [*COMPLETE[:3], "2:queued"]
     finally:
         # It may have come back by itself.
         subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], check=False, capture_output=True)
     time.sleep(2.0)  # as above
     subprocess.run(["scontrol", "update", f"jobid={native_id}", "starttime=now"], check=False, capture_output=True)
-    assert states(until_final(client, jobid, 110)) == [*COMPLETE[:3], "2:queued", "2:active", "2:completed"]
+    assert states(until_final(client, jobid, 200)) == [*COMPLETE[:3], "2:queued", "2:active", "2:completed"]
 
 
 def test_the_clusters_daemons_listen_on_the_loopback_address_only(slurm: Path) -> None:
@@ -284,4 +286,5 @@ def test_a_cluster_whose_starter_is_killed_ends_by_itself(slurm: Path, wait_unti
     starter.kill()
     starter.wait(10)
     wait_until(lambda: not folder.exists(), 90, "end of the cluster")
-    assert not any(psutil.pid_exists(pid) for pid in pids)
+    # Whose parent is gone exists until the machine's first process has seen its end.
+    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids), 60, "end of its daemons")

@@ -19,7 +19,7 @@ pytest.importorskip("lclstream.superfacility.client", reason="needs pip install 
 from lclstream.superfacility.client import FacilityJob, SuperfacilityClient
 
 # By a thread: reading a DAG file switches off the alarm that the other method needs.
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(180, method="thread")]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(400, method="thread")]
 
 EXAMPLE = Path(__file__).resolve().parents[3] / "docs" / "examples" / "airflow_two_centres.py"
 

@@ -231,7 +231,7 @@ def store(settings: Callable[..., ApiConfig]) -> Iterator[Store]:
 
 @pytest.fixture
 def serving(
-    sites: dict[str, Any], world: World, store: Store, free_port: Callable[[], int]
+    sites: dict[str, Any], world: World, store: Store, free_port: Callable[..., int]
 ) -> Iterator[Callable[[ApiConfig], str]]:
     """Serves transfers in a thread, over mutual TLS, in front of the world; gives the URL."""
     from lclstream.api.service import create_app
@@ -249,6 +249,7 @@ def serving(
         def stop() -> None:
             server.should_exit = True
             thread.join(60)
+            assert not thread.is_alive()
 
         stops.append(stop)
         deadline = time.monotonic() + 60

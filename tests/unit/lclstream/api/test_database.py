@@ -95,7 +95,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path, wait_until: Callable[...
             return False  # it is still starting
         return True
 
-    wait_until(emptied, 30, "PostgreSQL")
+    wait_until(emptied, 60, "PostgreSQL")
     engine.dispose()
     return url
 
@@ -282,9 +282,9 @@ def test_writers_to_sqlite_come_in_the_order_in_which_they_asked(
         for number in range(8):
             threads.append(threading.Thread(target=write, args=(number,)))
             threads[-1].start()
-            wait_until(lambda number=number: len(turns._waiting) == number + 1, 20, "writer in the queue")
+            wait_until(lambda number=number: len(turns._waiting) == number + 1, 60, "writer in the queue")
     for thread in threads:
-        thread.join(20)
+        thread.join(60)
     assert order == list(range(8))
 
 
@@ -314,7 +314,7 @@ def test_whoever_asks_is_not_kept_waiting_by_a_crowd_that_writes(tmp_path: Path)
     over, gate = threading.Event(), threading.Barrier(len(written))
 
     def write(number: int) -> None:
-        gate.wait(20)
+        gate.wait(60)
         while not over.is_set():
             store.renew(row.id, 60)
             written[number] += 1

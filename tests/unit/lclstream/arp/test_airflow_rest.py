@@ -44,7 +44,7 @@ def password_file(tmp_path: Path, fake_airflow: Any) -> Path:
 
 @pytest.fixture
 def airflow(server: Any, password_file: Path) -> Iterator[AirflowClient]:
-    config = AirflowConfig(url=server.url, username="arp", password_file=password_file, timeout_s=5)
+    config = AirflowConfig(url=server.url, username="arp", password_file=password_file, timeout_s=30)
     with AirflowClient(config) as client:
         yield client
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import socket
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,22 +61,18 @@ class SmallAirflow:
 
 
 @pytest.fixture
-def airflow() -> Iterator[SmallAirflow]:
+def airflow(free_port: Callable[..., int], wait_until: Callable[..., None]) -> Iterator[SmallAirflow]:
     small = SmallAirflow()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     server = uvicorn.Server(uvicorn.Config(small.app, port=port, log_config=None, ws="none"))
     thread = threading.Thread(target=server.run)
     thread.start()
-    deadline = time.monotonic() + 20
-    while not server.started:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: server.started, 60, "start of the small Airflow")
     small.url = f"http://127.0.0.1:{port}"  # type: ignore[attr-defined]
     yield small
     server.should_exit = True
-    thread.join(20)
+    thread.join(60)
+    assert not thread.is_alive()
 
 
 @pytest.fixture

@@ -127,7 +127,7 @@ def test_the_status_says_what_waits_and_why(http: httpx.Client, experiment: str,
     status = http.get("/status").json()
     assert status["outbox_waiting"] >= 2
     assert status["kafka"] == "127.0.0.1:9"
-    wait_until(lambda: http.get("/status").json()["outbox_trouble"], 20, "reason why messages wait")
+    wait_until(lambda: http.get("/status").json()["outbox_trouble"], 60, "reason why messages wait")
 
 
 def test_a_body_that_is_too_large_is_refused(http: httpx.Client, experiment: str) -> None:
@@ -142,8 +142,8 @@ def test_no_request_makes_the_service_fail(logbook_url: str, sites: dict[str, An
         session.trust_env = False
         session.verify = str(member.folder / "known_servers" / "org.crt")
         session.cert = (str(member.certificate), str(member.key))
-        session.get(f"{logbook_url}/run_control/fuzzed/ws/start_run", timeout=20).raise_for_status()
-        schema = schemathesis.openapi.from_dict(session.get(f"{logbook_url}/openapi.json", timeout=20).json())
+        session.get(f"{logbook_url}/run_control/fuzzed/ws/start_run", timeout=60).raise_for_status()
+        schema = schemathesis.openapi.from_dict(session.get(f"{logbook_url}/openapi.json", timeout=60).json())
         operations = [result.ok() for result in schema.get_all_operations()]
         assert len(operations) > 30
         for operation in operations:
@@ -154,7 +154,7 @@ def test_no_request_makes_the_service_fail(logbook_url: str, sites: dict[str, An
                 if "experiment" in (case.path_parameters or {}):
                     # A name made by chance belongs to no experiment, and every answer would be 404.
                     case.path_parameters["experiment"] = "fuzzed"
-                answer = case.call(base_url=logbook_url, session=session, timeout=20, verify=session.verify)
+                answer = case.call(base_url=logbook_url, session=session, timeout=60, verify=session.verify)
                 assert answer.status_code < 500, answer.text
 
             check()

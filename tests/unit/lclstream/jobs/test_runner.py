@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -53,7 +52,7 @@ class Attempt:
 
     def run(self, script: str, **changes: Any) -> dict[str, Any]:
         self.plan(script, **changes)
-        self.begin().wait(30)
+        self.begin().wait(60)
         return self.exit()
 
     def exit(self) -> dict[str, Any]:
@@ -79,7 +78,7 @@ def attempt(tmp_path: Path) -> Iterator[Attempt]:
     yield attempt
     for process in attempt.runners:
         process.kill()
-        process.wait(10)
+        process.wait(30)
     for left in attempt.processes():
         with contextlib.suppress(psutil.NoSuchProcess):
             left.kill()
@@ -122,16 +121,20 @@ def test_an_empty_environment_holds_only_what_psik_promises(attempt: Attempt) ->
 
 
 def test_a_longer_script_ends_with_its_walltime(attempt: Attempt) -> None:
-    began = time.monotonic()
-    outcome = attempt.run("sleep 60", walltime_s=0.3)
+    outcome = attempt.run("sleep 300", walltime_s=0.3)
     assert outcome["reason"] == "walltime"
-    assert time.monotonic() - began < 5
     assert attempt.processes() == []
 
 
-def test_a_script_that_ignores_sigterm_is_killed_after_the_grace_time(attempt: Attempt) -> None:
-    outcome = attempt.run("trap '' TERM; while true; do sleep 0.1; done", walltime_s=0.3, grace_s=0.3)
-    assert (outcome["reason"], outcome["code"]) == ("walltime", -signal.SIGKILL)
+def test_a_script_that_ignores_sigterm_is_killed_after_the_grace_time(
+    attempt: Attempt, wait_until: Callable[..., None]
+) -> None:
+    attempt.plan("trap '' TERM; echo ready; while true; do sleep 0.1; done", grace_s=0.3)
+    process = attempt.begin()
+    wait_until(lambda: (attempt.folder / "stdout.1").exists() and "ready" in attempt.stdout(), 60, "script")
+    process.terminate()
+    process.wait(60)
+    assert (attempt.exit()["reason"], attempt.exit()["code"]) == ("terminated", -signal.SIGKILL)
     assert attempt.processes() == []
 
 
@@ -142,19 +145,38 @@ def test_background_processes_and_daemons_end_with_their_script(attempt: Attempt
     assert attempt.processes() == []
 
 
+_A_MISSED_CHILD = """
+import os, subprocess
+from lclstream.jobs import runner
+script = runner._Script.__new__(runner._Script)
+script._runner, script.pid, script.code = os.getpid(), 0, 0
+child = subprocess.Popen(["sleep", "300"])
+child.returncode = 0  # whoever reaps it
+answers = [{}]
+everybody = runner.processes
+runner.processes = lambda: answers.pop() if answers else everybody()
+assert script.end_all(30.0)
+assert runner.stat_of(child.pid) is None
+"""
+
+
+def test_a_process_that_is_started_while_the_runner_looks_at_the_others_ends_too() -> None:
+    subprocess.run([sys.executable, "-c", _A_MISSED_CHILD], check=True, timeout=60)
+
+
 def test_sigterm_ends_the_script_which_may_clean_up(attempt: Attempt, wait_until: Callable[..., None]) -> None:
     attempt.plan("trap 'echo cleaned; exit 0' TERM; echo ready; sleep 60")
     process = attempt.begin()
-    wait_until(lambda: (attempt.folder / "stdout.1").exists() and "ready" in attempt.stdout(), 20, "script")
+    wait_until(lambda: (attempt.folder / "stdout.1").exists() and "ready" in attempt.stdout(), 60, "script")
     process.terminate()
-    process.wait(10)
+    process.wait(60)
     assert attempt.exit()["reason"] == "terminated"
     assert attempt.stdout() == "ready\ncleaned\n"
 
 
 def test_of_several_runners_only_one_runs_the_script(attempt: Attempt) -> None:
     attempt.plan("echo once; sleep 0.3")
-    codes = [process.wait(30) for process in [attempt.begin() for _ in range(4)]]
+    codes = [process.wait(60) for process in [attempt.begin() for _ in range(4)]]
     assert sorted(codes) == [0, *[runner.SUPERSEDED] * 3]
     assert attempt.stdout() == "once\n"
 
@@ -162,10 +184,10 @@ def test_of_several_runners_only_one_runs_the_script(attempt: Attempt) -> None:
 def test_a_script_dies_with_its_runner(attempt: Attempt, wait_until: Callable[..., None]) -> None:
     attempt.plan("echo ready; exec sleep 60")
     process = attempt.begin()
-    wait_until(lambda: (attempt.folder / "stdout.1").exists() and "ready" in attempt.stdout(), 20, "script")
+    wait_until(lambda: (attempt.folder / "stdout.1").exists() and "ready" in attempt.stdout(), 60, "script")
     process.kill()
-    process.wait(10)
-    wait_until(lambda: attempt.processes() == [], 10, "end of the script")
+    process.wait(60)
+    wait_until(lambda: attempt.processes() == [], 60, "end of the script")
     assert not (attempt.folder / "exit.json").exists()
 
 

@@ -11,10 +11,10 @@ from lclstream.kafka.embedded import EmbeddedKafkaError
 
 
 def produce(bootstrap: str, topic: str, *values: object) -> None:
-    producer = Producer({"bootstrap.servers": bootstrap, "message.timeout.ms": 5000})
+    producer = Producer({"bootstrap.servers": bootstrap, "message.timeout.ms": 60000})
     for value in values:
         producer.produce(topic, json.dumps(value).encode())
-    assert producer.flush(10) == 0
+    assert producer.flush(60) == 0
 
 
 def consumer(bootstrap: str, *topics: str) -> Consumer:
@@ -30,7 +30,7 @@ def consumer(bootstrap: str, *topics: str) -> Consumer:
     return client
 
 
-def read(client: Consumer, count: int, timeout: float = 15) -> list[object]:
+def read(client: Consumer, count: int, timeout: float = 60) -> list[object]:
     values: list[object] = []
     while len(values) < count:
         message = client.poll(timeout)
@@ -51,7 +51,7 @@ def test_messages_arrive_in_order() -> None:
 def test_topics_have_the_partitions_asked_for() -> None:
     with EmbeddedKafka(["runs", "elog"], partitions=3) as broker:
         producer = Producer({"bootstrap.servers": broker.bootstrap_servers})
-        topics = producer.list_topics(timeout=10).topics
+        topics = producer.list_topics(timeout=60).topics
         assert {name: len(topics[name].partitions) for name in ("runs", "elog")} == {"runs": 3, "elog": 3}
 
 

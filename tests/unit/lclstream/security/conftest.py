@@ -50,7 +50,7 @@ class Running:
         """A TLS connection made by hand, as `ada` unless said otherwise."""
         context = (member or self.site.member("ada")).client_context(self.url)
         return context.wrap_socket(
-            socket.create_connection(("127.0.0.1", self.port), timeout=10), server_hostname="127.0.0.1"
+            socket.create_connection(("127.0.0.1", self.port), timeout=30), server_hostname="127.0.0.1"
         )
 
 

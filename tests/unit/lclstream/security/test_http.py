@@ -25,8 +25,6 @@ from lclstream.security.stamp import Stamp
 
 from .conftest import Running, copy_of
 
-pytestmark = pytest.mark.timeout(60)
-
 
 @pytest.fixture
 def service(serving: Callable[..., Running]) -> Running:
@@ -168,7 +166,7 @@ def test_our_own_expired_certificate_is_named_even_where_we_were_accepted_before
         assert client.get("/who", headers={"connection": "close"}).status_code == 200
         end = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=1)
         renew(service, ada, not_after=end)
-        wait_until(lambda: datetime.datetime.now(datetime.UTC) > end, 5, "expiry")
+        wait_until(lambda: datetime.datetime.now(datetime.UTC) > end, 60, "expiry")
         with (
             pytest.raises(AuthenticationError, match=r"id\.crt expired at .*renew it") as told,
             http.explained(service.url),
@@ -188,13 +186,13 @@ class SlowFolder:
 
     def _slow(self, live: http._Live) -> dict[Path, Stamp | None]:
         self._asked.set()
-        assert self._answers.wait(10), "nothing went on meanwhile"
+        assert self._answers.wait(60), "nothing went on meanwhile"
         self.order.append("the folder has answered")
         return self._stamps(live)
 
     async def meanwhile(self) -> None:
         """Something else that the event loop does."""
-        assert await asyncio.to_thread(self._asked.wait, 10)
+        assert await asyncio.to_thread(self._asked.wait, 60)
         self.order.append("something else went on")
         self._answers.set()
 

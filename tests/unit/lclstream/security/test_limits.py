@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import socket
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lclstream.security import http
+from lclstream.security import http, limits
 from lclstream.security.access import access_log, write_to
 from lclstream.security.connections import PeerCertificateProtocol
 from lclstream.security.limits import Limits, RouteLimits
@@ -27,21 +28,21 @@ from lclstream.security.rate import Rate, TokenBuckets
 
 from .conftest import Running
 
-pytestmark = pytest.mark.timeout(60)
-
+#: Times that only matter where something is held up for longer than a busy machine does it.
 LIMITS = Limits(
     body_bytes=1000,
-    answer_s=0.5,
-    stall_s=0.5,
-    routes=(
-        RouteLimits(path="/jobs/{jobid}/files", method="POST", body_bytes=10_000_000, answer_s=20.0),
-        RouteLimits(path="/patient", answer_s=5.0),
-    ),
+    answer_s=30,
+    stall_s=30,
+    routes=(RouteLimits(path="/jobs/{jobid}/files", method="POST", body_bytes=10_000_000),),
 )
+#: For what is held up for ever, or has more time than the others.
+IMPATIENT = Limits(answer_s=0.5, stall_s=0.5, routes=(RouteLimits(path="/patient", answer_s=30),))
 
 
 def application() -> FastAPI:
     app = FastAPI()
+    #: Somebody has asked for much.
+    app.state.much = threading.Event()
 
     @app.post("/echo")
     async def echo(request: Request) -> int:
@@ -61,11 +62,11 @@ def application() -> FastAPI:
 
     @app.get("/blocking")
     def blocking() -> None:
-        time.sleep(1)
+        time.sleep(4)
 
     @app.get("/patient")
     async def patient() -> str:
-        await asyncio.sleep(1)
+        await asyncio.sleep(3)
         return "done"
 
     @app.get("/tail")
@@ -73,13 +74,14 @@ def application() -> FastAPI:
         async def lines() -> AsyncIterator[bytes]:
             for _ in range(4):
                 yield b"line\n"
-                await asyncio.sleep(0.3)
+                await asyncio.sleep(1)
 
         return StreamingResponse(lines())
 
     @app.get("/much")
     async def much() -> StreamingResponse:
         async def data() -> AsyncIterator[bytes]:
+            app.state.much.set()
             for _ in range(2000):
                 yield bytes(100_000)
 
@@ -89,8 +91,19 @@ def application() -> FastAPI:
 
 
 @pytest.fixture
-def limited(serving: Callable[..., Running]) -> Running:
+def lasting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refused body is read to its end however long that takes here."""
+    monkeypatch.setattr(limits, "_LINGER_S", 60.0)
+
+
+@pytest.fixture
+def limited(serving: Callable[..., Running], lasting: None) -> Running:
     return serving(application(), limits=LIMITS)
+
+
+@pytest.fixture
+def impatient(serving: Callable[..., Running]) -> Running:
+    return serving(application(), limits=IMPATIENT)
 
 
 @pytest.fixture
@@ -102,7 +115,7 @@ def ada(limited: Running) -> Iterator[httpx.Client]:
 def answer_to(running: Running, *pieces: bytes, pause: float = 0.0) -> bytes:
     """Everything the server says to these bytes, until it closes the connection."""
     with running.connect() as connection:
-        connection.settimeout(10)
+        connection.settimeout(20)
         for piece in pieces:
             connection.sendall(piece)
             time.sleep(pause)
@@ -138,7 +151,7 @@ def test_a_large_refused_upload_sees_the_answer_and_not_a_reset(ada: httpx.Clien
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 def test_a_peer_that_sends_everything_before_it_listens_hears_the_refusal(
-    serving: Callable[..., Running], loop: str
+    serving: Callable[..., Running], lasting: None, loop: str
 ) -> None:
     pytest.importorskip(loop)
     limited, size = serving(application(), limits=LIMITS, loop=loop), 20_000_000
@@ -157,24 +170,26 @@ def test_a_route_can_take_more_than_the_others(ada: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("path", ["/slow", "/blocking"])
-def test_an_answer_that_does_not_begin_in_time_is_said_and_may_be_retried(ada: httpx.Client, path: str) -> None:
-    started = time.monotonic()
-    answer = ada.get(path)
+def test_an_answer_that_does_not_begin_in_time_is_said_and_may_be_retried(impatient: Running, path: str) -> None:
+    with http.client(impatient.url, impatient.site.member("ada")) as client:
+        answer = client.get(path)
     assert answer.status_code == 503
     assert "no answer within 0.5 s" in answer.json()["detail"]
-    assert time.monotonic() - started < 5
 
 
-def test_a_route_can_take_longer_than_the_others(ada: httpx.Client) -> None:
-    assert ada.get("/patient").json() == "done"
+def test_a_route_can_take_longer_than_the_others(impatient: Running) -> None:
+    with http.client(impatient.url, impatient.site.member("ada")) as client:
+        assert client.get("/patient").json() == "done"
 
 
-def test_an_answer_that_has_begun_may_take_its_time(ada: httpx.Client) -> None:
-    assert ada.get("/tail").text == "line\n" * 4
+def test_an_answer_that_has_begun_may_take_its_time(serving: Callable[..., Running]) -> None:
+    running = serving(application(), limits=Limits(answer_s=3))
+    with http.client(running.url, running.site.member("ada")) as client:
+        assert client.get("/tail").text == "line\n" * 4
 
 
-def test_a_body_that_stops_in_the_middle_is_cut_off(limited: Running) -> None:
-    answer = answer_to(limited, b"POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\nhalf")
+def test_a_body_that_stops_in_the_middle_is_cut_off(impatient: Running) -> None:
+    answer = answer_to(impatient, b"POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\nhalf")
     assert answer.startswith(b"HTTP/1.1 408") or answer.startswith(b"HTTP/1.1 503")
 
 
@@ -189,12 +204,16 @@ def test_a_stalled_body_is_a_408_when_there_is_time_for_an_answer(serving: Calla
         assert b"nothing of the body arrived for 0.3 s" in answer
 
 
-def test_a_peer_that_does_not_take_its_answer_is_hung_up_on(limited: Running, wait_until: Callable[..., None]) -> None:
-    with limited.connect() as connection:
+def test_a_peer_that_does_not_take_its_answer_is_hung_up_on(
+    serving: Callable[..., Running], wait_until: Callable[..., None]
+) -> None:
+    app = application()
+    running = serving(app, limits=IMPATIENT)
+    with running.connect() as connection:
         connection.sendall(b"GET /much HTTP/1.1\r\nhost: x\r\n\r\n")
-        wait_until(lambda: limited.server.server_state.tasks, 5, "request under way")
-        wait_until(lambda: not limited.server.server_state.tasks, 10, "end of the request")
-        wait_until(lambda: not limited.server.server_state.connections, 10, "end of the connection")
+        wait_until(app.state.much.is_set, 60, "request under way")
+        wait_until(lambda: not running.server.server_state.tasks, 60, "end of the request")
+        wait_until(lambda: not running.server.server_state.connections, 60, "end of the connection")
 
 
 def test_a_service_without_limits_takes_what_comes(serving: Callable[..., Running]) -> None:
@@ -209,13 +228,13 @@ def test_a_service_without_limits_takes_what_comes(serving: Callable[..., Runnin
 def test_one_identity_that_asks_too_often_is_told_when_to_come_back_and_others_are_served(
     serving: Callable[..., Running],
 ) -> None:
-    running = serving(application(), limits=Limits(rate=Rate(per_s=0.5, burst=3)))
+    running = serving(application(), limits=Limits(rate=Rate(per_s=0.01, burst=3)))
     with http.client(running.url, running.site.member("ada")) as client:
         codes = [client.post("/echo", content=b"x").status_code for _ in range(3)]
         refused = client.post("/echo", content=b"x")
     assert codes == [200, 200, 200]
     assert refused.status_code == 429
-    assert 1 <= int(refused.headers["retry-after"]) <= 2
+    assert 1 <= int(refused.headers["retry-after"]) <= 100
     assert "rule: rate" in refused.json()["detail"]
     with http.client(running.url, running.site.member("bob")) as client:
         assert client.post("/echo", content=b"x").status_code == 200
@@ -226,20 +245,18 @@ def test_one_identity_that_asks_too_often_is_told_when_to_come_back_and_others_a
 
 @pytest.fixture
 def hasty(serving: Callable[..., Running], monkeypatch: pytest.MonkeyPatch) -> Running:
-    monkeypatch.setattr(PeerCertificateProtocol, "head_s", 0.5)
-    return serving(application(), handshake_s=0.5)
+    monkeypatch.setattr(PeerCertificateProtocol, "head_s", 2.0)
+    return serving(application(), handshake_s=2.0)
 
 
 def test_a_peer_that_does_not_shake_hands_is_cut_off(hasty: Running) -> None:
-    with socket.create_connection(("127.0.0.1", hasty.port), timeout=10) as connection:
-        started = time.monotonic()
+    with socket.create_connection(("127.0.0.1", hasty.port), timeout=30) as connection:
         assert connection.recv(1) == b""
-        assert time.monotonic() - started < 5
 
 
 def test_bytes_that_are_no_tls_do_not_disturb_the_server(hasty: Running) -> None:
     for noise in (b"GET / HTTP/1.1\r\n\r\n", bytes(1000), b"\x16\x03\x01\xff\xff" + bytes(100)):
-        with socket.create_connection(("127.0.0.1", hasty.port), timeout=10) as connection:
+        with socket.create_connection(("127.0.0.1", hasty.port), timeout=30) as connection:
             connection.sendall(noise)
             try:
                 while connection.recv(1000):
@@ -252,24 +269,21 @@ def test_bytes_that_are_no_tls_do_not_disturb_the_server(hasty: Running) -> None
 
 @pytest.mark.parametrize("begun", [b"", b"GET / HT", b"GET /patient HTTP/1.1\r\nhost: x\r\nx-drip: "])
 def test_a_request_head_that_does_not_arrive_is_cut_off(hasty: Running, begun: bytes) -> None:
-    started = time.monotonic()
     assert answer_to(hasty, begun) == b""
-    assert time.monotonic() - started < 5
 
 
 def test_a_head_that_drips_is_cut_off(hasty: Running) -> None:
     with hasty.connect() as connection, pytest.raises(OSError):  # noqa: PT012
         connection.sendall(b"GET / HTTP/1.1\r\n")
-        for number in range(100):
+        for number in range(300):
             connection.sendall(f"x-{number}: y\r\n".encode())
             time.sleep(0.1)
 
 
 def test_the_second_head_on_a_connection_has_a_time_limit_too(hasty: Running) -> None:
     first = b"POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: 1\r\n\r\nx"
-    started = time.monotonic()
+    # Without the limit, or with that of an idle connection, the server would not close it in time for us.
     assert answer_to(hasty, first, b"GET /sl", pause=0.2).startswith(b"HTTP/1.1 200")
-    assert time.monotonic() - started < 5
 
 
 def test_an_answer_slower_than_the_heads_time_limit_is_not_cut(hasty: Running) -> None:
@@ -286,17 +300,14 @@ def test_an_idle_connection_is_closed_in_the_end(serving: Callable[..., Running]
     running = serving(application())
     running.server.config.timeout_keep_alive = 1
     request = b"POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: 1\r\n\r\nx"
-    started = time.monotonic()
     assert answer_to(running, request).startswith(b"HTTP/1.1 200")
-    assert time.monotonic() - started < 5
 
 
 def test_a_handshake_under_way_does_not_delay_the_stop(serving: Callable[..., Running]) -> None:
-    running = serving(application())
-    with socket.create_connection(("127.0.0.1", running.port), timeout=10):
-        started = time.monotonic()
+    # Longer than the stop is waited for.
+    running = serving(application(), handshake_s=100.0)
+    with socket.create_connection(("127.0.0.1", running.port), timeout=30):
         running.stop()
-        assert time.monotonic() - started < 3
 
 
 def test_two_servers_cannot_have_one_port(serving: Callable[..., Running]) -> None:
@@ -316,7 +327,7 @@ def test_the_access_log_has_the_fields_of_certified_and_never_a_query(
 ) -> None:
     with caplog.at_level(logging.INFO, "lclstream.access"):
         ada.get("/nothing?token=secret", headers={"user-agent": "x" * 1000})
-        wait_until(lambda: any(r.name == "lclstream.access" for r in caplog.records), 5, "log line")
+        wait_until(lambda: any(r.name == "lclstream.access" for r in caplog.records), 60, "log line")
     text = next(r.message for r in caplog.records if r.name == "lclstream.access")
     assert "secret" not in text
     entry = json.loads(text)
@@ -335,7 +346,7 @@ def test_a_refusal_is_in_the_access_log_with_its_reason(
 ) -> None:
     with caplog.at_level(logging.INFO, "lclstream.access"):
         ada.post("/echo", content=bytes(2000))
-        wait_until(lambda: any(r.name == "lclstream.access" for r in caplog.records), 5, "log line")
+        wait_until(lambda: any(r.name == "lclstream.access" for r in caplog.records), 60, "log line")
     entry = json.loads(next(r.message for r in caplog.records if r.name == "lclstream.access"))
     assert entry["status"] == 413
     assert "rule: body_bytes" in entry["refusal"]
@@ -348,10 +359,10 @@ def test_the_access_log_can_have_a_file_of_its_own_that_may_be_rotated(
     try:
         write_to(file)
         ada.post("/echo", content=b"x")
-        wait_until(lambda: file.exists() and file.read_text().endswith("\n"), 5, "log line")
+        wait_until(lambda: file.exists() and file.read_text().endswith("\n"), 60, "log line")
         file.rename(tmp_path / "access.jsonl.1")
         ada.get("/nothing")
-        wait_until(lambda: file.exists() and file.read_text().endswith("\n"), 5, "log line")
+        wait_until(lambda: file.exists() and file.read_text().endswith("\n"), 60, "log line")
     finally:
         for handler in list(access_log.handlers):
             access_log.removeHandler(handler)
@@ -366,7 +377,7 @@ def test_a_forwarded_address_is_not_believed(
 ) -> None:
     with caplog.at_level(logging.INFO, "lclstream.access"):
         ada.get("/nothing", headers={"x-forwarded-for": "6.6.6.6", "x-forwarded-proto": "http"})
-        wait_until(lambda: any(r.name == "lclstream.access" for r in caplog.records), 5, "log line")
+        wait_until(lambda: any(r.name == "lclstream.access" for r in caplog.records), 60, "log line")
     assert "6.6.6.6" not in caplog.text
 
 

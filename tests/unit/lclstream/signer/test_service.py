@@ -279,7 +279,9 @@ _JSON = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(line=st.binary(max_size=300) | _JSON.map(lambda document: json.dumps(document).encode()))
 def test_any_bytes_get_an_answer(signer: Callable[..., Signer], line: bytes) -> None:
     answer = signer().answer(peer("mallory"), line + b"\n")

@@ -196,7 +196,7 @@ def test_the_account_is_the_tokens(superfacility: Any) -> None:
 def test_without_a_token_there_is_nothing(superfacility: Any) -> None:
     for path in ("compute/jobs/perlmutter", "tasks", "account", "utilities/ls/perlmutter//", "account/clients"):
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic YTpi"}):
-            assert httpx.get(f"{superfacility.api_url}/{path}", headers=headers).status_code == 401
+            assert httpx.get(f"{superfacility.api_url}/{path}", headers=headers, timeout=60).status_code == 401
 
 
 def assertion(service: Any, **claims: Any) -> str:
@@ -215,7 +215,7 @@ def ask(service: Any, signed: str) -> httpx.Response:
         "client_assertion_type": "urn:ietf:params:oauth:client-assertion-type:jwt-bearer",
         "client_assertion": signed,
     }
-    return httpx.post(service.token_url, data=form)
+    return httpx.post(service.token_url, data=form, timeout=60)
 
 
 @pytest.mark.parametrize(
