@@ -134,7 +134,7 @@ class ElogOperator(BaseOperator):
             announce(self, context, self.experiment, {"run": self.run, "parameters": parameters, "files": files})
         return parameters
 
-    def get_openlineage_facets_on_complete(self, task_instance: Any) -> OperatorLineage:
+    def get_openlineage_facets_on_complete(self, task_instance: Any) -> OperatorLineage[Any, Any]:
         """The run in the logbook, for OpenLineage."""
         del task_instance
         if self.run in _EMPTY:

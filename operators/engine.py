@@ -99,7 +99,7 @@ class EngineJobOperator(PsikOperator):
         }
         super().prepare(context)
 
-    def get_openlineage_facets_on_complete(self, task_instance: Any) -> OperatorLineage:
+    def get_openlineage_facets_on_complete(self, task_instance: Any) -> OperatorLineage[Any, Any]:
         """The engine's source, and the file of the run at the computing centre, for OpenLineage."""
         del task_instance
         config = load_document(self.config, self.values or {}, "config")

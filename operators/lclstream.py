@@ -192,11 +192,11 @@ class LCLStreamTransferOperator(RemoteWorkOperator):
         announce(self, context, str(values.get("experiment") or ""), {**values, **told})
         return facts
 
-    def get_openlineage_facets_on_start(self) -> OperatorLineage:
+    def get_openlineage_facets_on_start(self) -> OperatorLineage[Any, Any]:
         """What is read, for OpenLineage: the engine's source."""
         return lineage([self._source()], [])
 
-    def get_openlineage_facets_on_complete(self, task_instance: Any) -> OperatorLineage:
+    def get_openlineage_facets_on_complete(self, task_instance: Any) -> OperatorLineage[Any, Any]:
         """The stream, named by the address it can be pulled from, and its source."""
         url = task_instance.xcom_pull(task_ids=self.task_id, key="url") or ""
         scheme, _, place = url.partition("://")

@@ -41,7 +41,7 @@ def announce(operator: BaseOperator, context: Context, experiment: str | None, f
             context["outlet_events"][outlet].add(asset, extra={"experiment": experiment, **facts})
 
 
-def lineage(inputs: Iterable[tuple[str, str]], outputs: Iterable[tuple[str, str]]) -> OperatorLineage:
+def lineage(inputs: Iterable[tuple[str, str]], outputs: Iterable[tuple[str, str]]) -> OperatorLineage[Any, Any]:
     """Datasets for OpenLineage, from pairs of namespace and name.
 
     Raises:

@@ -228,7 +228,7 @@ class PsikOperator(RemoteWorkOperator):
             if not has_no_lease(error):
                 raise
 
-    def get_openlineage_facets_on_complete(self, task_instance: Any) -> OperatorLineage:
+    def get_openlineage_facets_on_complete(self, task_instance: Any) -> OperatorLineage[Any, Any]:
         """The stream that the job was told of in its environment, and the files kept of it, for OpenLineage."""
         url = str((self.environment or {}).get("LCLSTREAM_URL") or "")
         kept = task_instance.xcom_pull(task_ids=self.task_id) or {}

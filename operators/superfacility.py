@@ -339,7 +339,7 @@ class SuperfacilityOperator(RemoteWorkOperator):
             return f"; it has left no log {path}"
         return f"; {path} ends with:\n" + "\n".join(lines[-_TAIL_LINES:]) if lines else ""
 
-    def get_openlineage_facets_on_complete(self, task_instance: Any) -> OperatorLineage:
+    def get_openlineage_facets_on_complete(self, task_instance: Any) -> OperatorLineage[Any, Any]:
         """The stream that the job was told of in its environment, its input files and those kept, for OpenLineage."""
         url = str((self.environment or {}).get("LCLSTREAM_URL") or "")
         kept = task_instance.xcom_pull(task_ids=self.task_id) or {}

@@ -182,13 +182,7 @@ def async_client(base_url: str, credentials: Credentials, *, timeout: float = TI
 def explain(error: httpx.HTTPError, url: str) -> PeerError:
     """The error of ours that says what an httpx error means."""
     if isinstance(error, httpx.HTTPStatusError):
-        response = error.response
-        try:
-            detail = str(response.json().get("detail", response.text))
-        except (ValueError, AttributeError):
-            detail = response.text
-        message = f"{error.request.method} {error.request.url} answered {response.status_code}: {detail[:2000]}"
-        return ServiceError(message, status=response.status_code, detail=detail)
+        return refused(error.response)
     answered = bool(_noted(error, _ANSWERED_BEFORE))
     expired = _noted(error, _EXPIRED)
     cause: BaseException | None = error
@@ -211,6 +205,16 @@ def explain(error: httpx.HTTPError, url: str) -> PeerError:
     told = _without_answer(error, url, answered)
     told.answer_lost = not isinstance(error, _NEVER_SENT)
     return told
+
+
+def refused(response: httpx.Response) -> ServiceError:
+    """The error of ours that says what an answer with an error status means."""
+    try:
+        detail = str(response.json().get("detail", response.text))
+    except (ValueError, AttributeError):
+        detail = response.text
+    message = f"{response.request.method} {response.request.url} answered {response.status_code}: {detail[:2000]}"
+    return ServiceError(message, status=response.status_code, detail=detail)
 
 
 def _without_answer(error: httpx.HTTPError, url: str, answered: bool) -> PeerError:

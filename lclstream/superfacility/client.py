@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import importlib
+import importlib.util
 import re
 import warnings
 from collections.abc import AsyncIterator
@@ -16,14 +18,13 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import httpx
 import tenacity
 from pydantic import ValidationError
 
 from lclstream.security.errors import AuthenticationError, CredentialsError, PeerError, ServiceError, UnreachableError
-from lclstream.security.http import explain
+from lclstream.security.http import refused
 
 with warnings.catch_warnings():
     import authlib.deprecate  # has its warnings shown always, so it comes before the next line
@@ -36,6 +37,15 @@ with warnings.catch_warnings():
     from sfapi_client.exceptions import ClientKeyError, SfApiError
     from sfapi_client.jobs import JobState
     from sfapi_client.paths import AsyncRemotePath
+
+if TYPE_CHECKING:
+    import httpx
+
+# What authlib sends the published client's calls with: httpx2 where some package brings it, httpx otherwise. Either has
+# errors of its own.
+_HTTP = [importlib.import_module(name) for name in ("httpx", "httpx2") if importlib.util.find_spec(name)]
+_STATUS_ERRORS: tuple[type[Exception], ...] = tuple(library.HTTPStatusError for library in _HTTP)
+_TRANSPORT_ERRORS: tuple[type[Exception], ...] = tuple(library.TransportError for library in _HTTP)
 
 #: NERSC's own addresses.
 NERSC_URL = "https://api.nersc.gov"
@@ -169,11 +179,12 @@ class SuperfacilityClient:
             raise AuthenticationError(f"{self.url}: gave no token: {error.error}: {error.description}") from error
         except SfApiError as error:
             raise self._said(str(error.message)) from error
-        except httpx.HTTPStatusError as error:
-            if error.response.status_code in (401, 403):
-                raise AuthenticationError(f"{self.url}: refused us: {error.response.text[:500]}") from error
-            raise explain(error, self.url) from error
-        except httpx.TransportError as error:
+        except _STATUS_ERRORS as error:
+            response: httpx.Response = error.response  # type: ignore[attr-defined]  # both libraries' errors have it
+            if response.status_code in (401, 403):
+                raise AuthenticationError(f"{self.url}: refused us: {response.text[:500]}") from error
+            raise refused(response) from error
+        except _TRANSPORT_ERRORS as error:
             raise UnreachableError(f"{self.url}: cannot be reached: {type(error).__name__} {error}") from error
         except (ValidationError, UnicodeDecodeError) as error:
             raise self._odd(error) from error

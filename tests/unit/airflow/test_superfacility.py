@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -361,6 +362,37 @@ def test_a_facility_that_is_away_is_unreachable_soon(
         ask(lambda client: client.user())
     # The published client alone would try ten times, for about a minute.
     assert time.monotonic() - began < 40
+
+
+_WITHOUT_A_LIBRARY = """
+import asyncio, pathlib, sys
+sys.modules[sys.argv[1]] = None  # as if it were not installed
+from lclstream.superfacility.client import SuperfacilityClient
+
+async def ask(token_url):
+    async with SuperfacilityClient(sys.argv[2], token_url, pathlib.Path(sys.argv[4])) as client:
+        await client.job("perlmutter", "1")
+
+for url in (sys.argv[3], sys.argv[5]):
+    try:
+        asyncio.run(ask(url))
+    except Exception as error:
+        print(type(error).__name__, getattr(error, "status", ""))
+"""
+
+
+@pytest.mark.parametrize("library", ["httpx2", "none"])
+def test_errors_are_told_with_either_http_library_that_the_published_client_uses(
+    nersc: Any, free_port: Callable[[], int], library: str
+) -> None:
+    away = f"http://127.0.0.1:{free_port()}/c2id/token"
+    words = [library, nersc.api_url, nersc.token_url, str(nersc.key), away]
+    nersc.say("unavailable")
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_A_LIBRARY, *words], capture_output=True, text=True, timeout=200, check=False
+    )
+    nersc.say("active")
+    assert done.stdout.splitlines() == ["ServiceError 503", "UnreachableError "], done.stderr
 
 
 def test_a_job_nobody_knows_is_not_found(nersc: Any) -> None:
