@@ -27,6 +27,7 @@ import yaml
 
 from lclstream.api.client import TransferClient
 from lclstream.client import Puller, StreamError, StreamTimeout, pull
+from lclstream.demo.workspace import free_port_range
 from lclstream.jobs.client import JobClient
 from lclstream.security.authority import SiteAuthority
 from lclstream.security.errors import PeerError
@@ -57,16 +58,6 @@ def is_bindable(port: int) -> bool:
         except OSError:
             return False
     return True
-
-
-def free_range(count: int) -> int:
-    """The first of that many neighbouring free ports, below those Linux gives to outgoing connections."""
-    starts = list(range(16000, 32000 - count, count))
-    random.shuffle(starts)
-    for first in starts:
-        if all(is_bindable(port) for port in range(first, first + count)):
-            return first
-    raise RuntimeError(f"no {count} neighbouring free ports between 16000 and 32000")
 
 
 def wait_until(condition: Callable[[], object], timeout_s: float, what: str) -> None:
@@ -210,8 +201,8 @@ class Site:
         self.authority = SiteAuthority(folder / "certificates", "s3df")
         self.prefix = folder / "jobs"
         # Nobody takes those of the services while these are down.
-        jobs_port = free_range(ports + 2)
-        api_port, self.first, self.last = jobs_port + 1, jobs_port + 2, jobs_port + 1 + ports
+        jobs_port, self.last = free_port_range(ports + 2)
+        api_port, self.first = jobs_port + 1, jobs_port + 2
         self.jobs_url, self.url = f"https://127.0.0.1:{jobs_port}", f"https://127.0.0.1:{api_port}"
         self.jobs_config: dict[str, Any] = {
             "listen": {"port": jobs_port},

@@ -96,10 +96,8 @@ class JobFolder:
 
     def request_cancel(self, reason: str = "") -> None:
         """Ask for the end, so that even a restarted service knows; `reason` will be in the history."""
-        # Whole or not there: a service that is killed meanwhile must not end the job for no reason.
-        temporary = self.control / ".cancel"
-        _write(temporary, reason)
-        temporary.replace(self.control / "cancel")
+        # A service that is killed meanwhile must not end the job for no reason.
+        _write_whole(self.control / "cancel", reason)
 
     @property
     def cancel_reason(self) -> str:
@@ -111,9 +109,7 @@ class JobFolder:
 
     def keep_lease(self, lease_s: float) -> None:
         """Write down how long the job lives without a renewal of its lease."""
-        temporary = self.control / ".lease"
-        _write(temporary, repr(lease_s))
-        temporary.replace(self.control / "lease")
+        _write_whole(self.control / "lease", repr(lease_s))
 
     @property
     def lease_s(self) -> float | None:
@@ -304,6 +300,13 @@ def _write(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file that others see with all of this text, or as it was before."""
+    part = path.with_name(f".{path.name}")
+    _write(part, text)
+    part.replace(path)
 
 
 def _psik_spec(spec: JobSpec, directory: str) -> dict[str, Any]:
